@@ -1,0 +1,90 @@
+package extent
+
+import (
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// TestAgainstBitmap compares every operation with a plain bitmap of a small disk.
+func TestAgainstBitmap(t *testing.T) {
+	const size = 200
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for range 2000 {
+		var es []Extent
+		var bits [size]bool
+		for range rnd.IntN(8) {
+			e := Extent{rnd.Int64N(size), rnd.Int64N(30)}
+			e = Intersect(e, Extent{0, size})
+			es = append(es, e)
+			for i := e.Off; i < e.End(); i++ {
+				bits[i] = true
+			}
+		}
+		es = Normalise(es)
+		if got := toBits(es, size); !slices.Equal(got, bits[:]) {
+			t.Fatalf("Normalise: %v", es)
+		}
+		for i := 1; i < len(es); i++ {
+			if es[i].Off <= es[i-1].End() {
+				t.Fatalf("not merged: %v", es)
+			}
+		}
+		n := int64(0)
+		for _, b := range bits {
+			if b {
+				n++
+			}
+		}
+		if Total(es) != n {
+			t.Fatalf("Total(%v) = %d, want %d", es, Total(es), n)
+		}
+		unit := 1 + rnd.Int64N(20)
+		var coarse []Extent
+		for e, err := range Coarsen(All(es), unit, size) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			coarse = append(coarse, e)
+		}
+		var want [size]bool
+		for i, b := range bits {
+			if b {
+				lo := int64(i) / unit * unit
+				for j := lo; j < min(lo+unit, size); j++ {
+					want[j] = true
+				}
+			}
+		}
+		if got := toBits(coarse, size); !slices.Equal(got, want[:]) {
+			t.Fatalf("Coarsen(%v, %d) = %v", es, unit, coarse)
+		}
+	}
+}
+
+func toBits(es []Extent, size int) []bool {
+	bits := make([]bool, size)
+	for _, e := range es {
+		for i := e.Off; i < e.End(); i++ {
+			bits[i] = true
+		}
+	}
+	return bits
+}
+
+func TestCoarsenError(t *testing.T) {
+	boom := errors.New("boom")
+	src := func(yield func(Extent, error) bool) {
+		if yield(Extent{0, 1}, nil) {
+			yield(Extent{}, boom)
+		}
+	}
+	var last error
+	for _, err := range Coarsen(src, 10, 100) {
+		last = err
+	}
+	if last != boom {
+		t.Fatalf("error lost: %v", last)
+	}
+}

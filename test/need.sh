@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes sure that the programs the tests check against are there: installs them
+# as root on Debian, says what is missing otherwise.
+set -euo pipefail
+
+# program => Debian package
+declare -A need=(
+  [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs
+  [fuser]=psmisc [sgdisk]=gdisk [losetup]=mount
+)
+missing=()
+for program in "${!need[@]}"; do
+  PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing+=("${need[$program]}")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  exit 0
+fi
+echo "missing: ${missing[*]} (on Debian: apt-get install ${missing[*]})" >&2
+exit 1
