@@ -1,0 +1,22 @@
+// Package vdisk knows virtual disk file formats: it reads raw and qcow2 files,
+// and computes VHDX, VMDK and qcow2 files over any disk without storing them.
+//
+// A computed file is a pure function of a [Source] and an [Identity]: the same
+// disk gives the same bytes after every restart, at every offset, in any order.
+// Restoring a disk as VHDX is copying the computed file; exporting it is
+// serving its ReadAt.
+//
+//	f, err := vdisk.VHDX(disk, id) // walks disk.Allocated once, reads no data
+//	…
+//	n, err := f.ReadAt(p, off)     // safe for concurrent use, allocates nothing
+//
+//	img, err := vdisk.OpenChain("/images/vm.qcow2", vdisk.Policy{})
+//	defer img.Close()              // img is a Source: raw or qcow2, backing files included
+//
+// What it promises: a read error of the disk is returned, never papered over
+// with zeros or short data; a damaged image is [ErrCorrupt] with the file and
+// the offset; nothing an image says makes it allocate more than its caches hold.
+//
+// What it does not do: write or repair images, read VHDX or VMDK, decrypt,
+// follow qcow2 external data files, or show internal snapshots.
+package vdisk
