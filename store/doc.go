@@ -1,0 +1,195 @@
+// Package store is the repository: restore points as chunk maps over deduplicated,
+// compressed, encrypted chunks in packs, with an index in Badger that can be made
+// anew from packs and manifests at any time.
+//
+//	repo, err := store.Open(ctx, bucket, index, store.OpenOptions{Passphrase: ask})
+//	point, err := repo.Find(ctx, "web/latest")
+//	manifest, err := repo.Point(ctx, point.ID)
+//	image, err := repo.OpenDisk(manifest, "disk0") // io.ReaderAt
+//
+// It promises: a point whose Commit returned survives a crash at any moment and
+// reads back exactly; a read that fails a check is an error naming point, disk and
+// offset, never zeros or short data. It does not promise to hide sizes, times and numbers of
+// objects from somebody who can list the repository.
+//
+// # The format, version 1
+//
+// This is all that a reader needs. Integers are little-endian and unsigned.
+// BLAKE3 has 32 bytes of output unless said otherwise; "derive(context, material)" is its
+// derive-key mode with a context string, "keyed(key, bytes)" its keyed mode. Hexadecimal is
+// in lower case. A repository is a directory (or any flat object store) with these objects:
+//
+//	config            what the repository is, and its wrapped master key
+//	config.copy       the same bytes again; used when config fails its check
+//	packs/<64 hex>    chunks and pages
+//	points/<32 hex>   one manifest per restore point
+//
+// and, in a local directory, what is not part of the format: index/ (Badger), tmp/
+// (objects being written), owner.lock and owner.sock (see store/remote).
+//
+// An object is written under another name, synced, renamed, and its directory synced:
+// it is there whole or not at all. Objects are never changed, only added and removed; config
+// alone is replaced, in one step. The order of a backup is: packs; index; manifest. The manifest's
+// appearance is the commit; packs that no manifest leads to are harmless.
+//
+// # config
+//
+//	"holdfast repository\n"
+//	JSON object
+//	"\nblake3 " <64 hex: BLAKE3 of everything above, without the "\n" of this line> "\n"
+//
+// This envelope stays the same in every version, so that damage and a newer version
+// are told apart: check the sum first, then "version". Fields of the JSON:
+//
+//	version     1
+//	id          16 bytes, hexadecimal, random: the repository's id
+//	created     RFC 3339
+//	chunk_size  bytes, a power of two from 65536 to 4194304
+//	cipher      "aes-256-gcm" or "none"
+//	master      with "none" only: the 32-byte master key, hexadecimal
+//	keys        with "aes-256-gcm": list of key slots, any of which opens the repository
+//
+// A key slot wraps the master key with one passphrase:
+//
+//	id, created
+//	kdf         "argon2id" (RFC 9106, version 0x13), 32 bytes of output
+//	time, memory_kib, threads, salt (hexadecimal)     its parameters
+//	wrapped     hexadecimal: 12 bytes nonce, 32 bytes encrypted master key, 16 bytes tag
+//
+// wrapped is AES-256-GCM under the Argon2id output, with the associated data
+//
+//	"holdfast key <version> <id of the repository, hex> <chunk_size> <cipher>"
+//
+// with numbers in decimal, so that none of these can be changed without the passphrase.
+// The passphrase is taken as its bytes are. One that opens no slot is wrong.
+//
+// # Keys
+//
+// All from the master key M (32 bytes); "|" joins bytes:
+//
+//	chunk id key   derive("holdfast repository v1 chunk id", M)
+//	page id key    derive("holdfast repository v1 page id", M)
+//	pack key       derive("holdfast repository v1 pack", M | pack id)
+//	manifest key   derive("holdfast repository v1 point", M | salt of the manifest)
+//
+// # Chunks
+//
+// A disk is cut at multiples of chunk_size; the last chunk is padded with zeros.
+// A chunk of zeros is a hole: it has no id and is stored nowhere. The id of any other chunk
+// is keyed(chunk id key, the chunk_size bytes of it).
+//
+// # Packs
+//
+// A pack's id is 32 random bytes, also the salt of its key; its name is the id.
+// Packs are about 64 MiB, at most 1 GiB. Layout:
+//
+//	+--------+----------+----------+-----+-------+---------+
+//	| header | record 0 | record 1 | ... | table | trailer |
+//	+--------+----------+----------+-----+-------+---------+
+//	0        80                          E
+//
+// Header, 80 bytes:
+//
+//	 0   8  "HFPACK\r\n"
+//	 8   4  version, 1
+//	12   4  1 when bodies are encrypted, else 0
+//	16  16  id of the repository
+//	32  32  id of the pack
+//	64  12  0
+//	76   4  CRC-32C of bytes 0..75
+//
+// Record: a header of 56 bytes, then the body; the next record follows at once.
+//
+//	 0   4  0x52434648, "HFCR" in the file
+//	 4   4  CRC-32C of everything behind this field: bytes 8..55 and the body
+//	 8  32  id of the chunk or page
+//	40   4  length of the body as stored, with its tag
+//	44   4  length of the plaintext, before compression; of a chunk, chunk_size
+//	48   1  codec: 0 raw, 1 zstd frames (RFC 8878) one after the other
+//	49   1  kind: 0 chunk, 1 page
+//	50   2  0
+//	52   4  slot: a number that no other record of the pack has
+//	56   …  body
+//
+// A body of zstd has one or more frames, each with its content size in its header
+// and no dictionary, whose contents together are the plaintext. This version
+// writes a frame for each 65536 bytes of a chunk, so that a small read decodes one of them.
+//
+// The body is the plaintext, compressed when that is shorter, and then, unless the
+// cipher is "none", sealed by AES-256-GCM with the pack key, a nonce of eight zero bytes and
+// the slot (4 bytes), and bytes 8..55 of the record as associated data; the tag of 16 bytes
+// ends the body.
+//
+// The table has an entry of 44 bytes for each record, in ascending order of the bytes of
+// their ids:
+//
+//	 0  32  id
+//	32   4  offset of the record's header in the pack
+//	36   4  length of the body as stored, with its tag
+//	40   4  length of the plaintext, with the kind in bit 31
+//
+// Trailer, the last 64 bytes of the pack:
+//
+//	 0   4  number of entries in the table
+//	 4   4  E, where the table begins
+//	 8  16  0
+//	24  32  BLAKE3 of the pack's header (80 bytes), the table, and bytes 0..23 of the trailer
+//	56   8  "HFFOOT\r\n"
+//
+// Every byte of a pack is covered by one of these sums or is part of a magic. A record may
+// be in more than one pack, after a crash for one: any copy that passes its checks is good. When table or trailer are
+// damaged the records are found by going from record to record from byte 80 on, and, past
+// damage, by searching for the next magic with a right CRC-32C.
+//
+// # Chunk maps
+//
+// The chunk map of a disk is a tree of pages with 256 entries each. A page of
+// level 0 has the ids of chunks, a page of level n those of pages of level n-1; an absent entry
+// is a hole of its whole range. Entry k of a page at level n, whose first chunk is c, begins
+// at chunk c + k·256^n. The root page has the lowest level that covers the disk, level 0
+// at least, and its first chunk is 0. Entries past the end of the disk are absent. A disk that
+// is one hole has no root page.
+//
+// A page's id is keyed(page id key, its bytes), and it is stored as a record of
+// kind 1, codec 0. Its bytes:
+//
+//	 0   1  'm'
+//	 1   1  1
+//	 2   1  level
+//	 3   1  0
+//	 4  32  bitmap: bit k%8 of byte k/8 says that entry k is present
+//	36   …  ids of the present entries, 32 bytes each, in order
+//
+// Equal content always has equal pages: no page is empty, no id is zero. So points
+// share every page that did not change, and equal root ids mean equal disks of one size.
+//
+// # Manifests
+//
+//	 0   8  "HFPOINT\n"
+//	 8   4  version, 1
+//	12   4  1 when the repository is encrypted, else 0
+//	16  16  id of the repository
+//	32  16  id of the point, also the object's name
+//	48  16  salt, random
+//	64   8  length of the plaintext, without its tag
+//	72   …  the plaintext, sealed
+//	 …   4  CRC-32C of everything before
+//
+// Sealed with AES-256-GCM under the manifest key, a nonce of twelve zero bytes (the
+// key is used once) and the first 72 bytes as associated data; the tag follows. With the cipher "none"
+// the plaintext is followed by the first 16 bytes of keyed(manifest key, the 72 bytes | plaintext).
+//
+// The plaintext is one zstd frame of a JSON object, a Point; see there for the
+// fields. What a reader needs: "name", "vm"."name", "disks" with "name", "size" (bytes) and "root"
+// (id of the root page, hexadecimal; absent for a disk that is one hole), and "config" with
+// "name", "size" and "root": configuration files are stored as small disks. Unknown fields are
+// ignored.
+//
+// # Index
+//
+// The index (see badger.go) maps ids to places in packs, and caches pages and
+// summaries of the points. It is trusted for nothing: records repeat their id, pages are
+// compared with theirs, summaries are sealed. It is compared with the objects on opening: the
+// names of manifests always, those of packs after a crash, before the first write, and when
+// there are points that it has never seen.
+package store

@@ -1,0 +1,92 @@
+package store
+
+import (
+	"context"
+	"encoding/hex"
+	"iter"
+)
+
+// Loc says where a chunk or page is stored. The zero Loc means nowhere.
+type Loc struct {
+	Pack uint32 // number of the pack in this index, from 1
+	Off  uint32 // bytes, of the record header
+	Len  uint32 // bytes of the stored body
+}
+
+// Known reports whether the chunk is stored.
+func (l Loc) Known() bool { return l.Pack != 0 }
+
+// MinFree is the room, bytes, that backups leave on the medium and without which
+// an index is not opened for writing. Badger writes by memory mapping: on a full
+// disk that ends the process by SIGBUS instead of giving an error.
+const MinFree = 64 << 20
+
+// PointID names a point: 16 random bytes.
+type PointID [16]byte
+
+// String is the hexadecimal form.
+func (p PointID) String() string { return hex.EncodeToString(p[:]) }
+
+// PackInfo is a line of the pack registry.
+type PackInfo struct {
+	ID   PackID
+	Size int64 // bytes
+}
+
+// SealedPoint is what the index keeps of a point: its id and an encrypted
+// summary, so that a listing of 100,000 points reads no manifest and the index
+// tells nothing about the VMs to somebody without the passphrase.
+type SealedPoint struct {
+	ID      PointID
+	Summary []byte
+}
+
+// Index is the rebuildable part of a repository: where chunks are, the pages of
+// chunk maps, the pack registry and summaries of the points. It is held in
+// Badger by the process that owns the repository, and by a connection to that
+// process (store/remote) in all others. All methods are safe for concurrent use
+// and take batches, so that a call is never made per chunk.
+type Index interface {
+	// Lookup sets locs[i] for each ids[i], zero for ids that are not stored.
+	Lookup(ctx context.Context, ids []ID, locs []Loc) error
+	// AddPack registers a durable pack with its records. Doing it twice is harmless.
+	AddPack(ctx context.Context, pack PackInfo, recs []PackRecord) error
+	// Packs lists the registry: number and pack.
+	Packs(ctx context.Context) iter.Seq2[NumberedPack, error]
+	// Pack gives one line of the registry; ErrNotExist for an unknown number.
+	Pack(ctx context.Context, number uint32) (PackInfo, error)
+	// DropPack forgets a pack and the chunks that it held. The index is not whole after it.
+	DropPack(ctx context.Context, number uint32) error
+	// DropChunks forgets where chunks and pages are, because what lies there is
+	// damaged: they are stored again when a backup meets them. The index is not whole after it.
+	DropChunks(ctx context.Context, ids []ID) error
+	// Whole reports whether everything that the points need is known to be in this
+	// index: it was made with the repository, or a verification found no damage, and no
+	// pack was lost since.
+	Whole(ctx context.Context) (bool, error)
+	// SetWhole records that.
+	SetWhole(ctx context.Context) error
+	// Page gives the stored form of a page, nil when the index does not hold it.
+	Page(ctx context.Context, id ID) ([]byte, error)
+	// PutPages keeps the stored form of pages.
+	PutPages(ctx context.Context, ids []ID, pages [][]byte) error
+	// Points lists the points in no given order.
+	Points(ctx context.Context) ([]SealedPoint, error)
+	// PutPoint adds or replaces the summary of a point whose manifest is durable.
+	PutPoint(ctx context.Context, p SealedPoint) error
+	// DropPoint removes a point whose manifest is gone.
+	DropPoint(ctx context.Context, id PointID) error
+	// Generation grows whenever a point comes or goes.
+	Generation(ctx context.Context) (uint64, error)
+	// Reserve hands out 0, 1, 2… for each further use of the same name, so that two
+	// backups of one VM within one second get two names, whoever makes them.
+	Reserve(ctx context.Context, name string) (int, error)
+	// Close releases the index. Calling it twice is harmless.
+	Close() error
+}
+
+// NumberedPack is a pack and its number in the index.
+type NumberedPack struct {
+	Number uint32
+	PackInfo
+}

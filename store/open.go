@@ -1,0 +1,76 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+)
+
+// ErrIndexStale: an index that may not be written lacks something, so it cannot be used.
+var ErrIndexStale = errors.New("index is not up to date")
+
+// MemoryIndex opens an index in memory, made anew from packs and manifests.
+func MemoryIndex() IndexOpener {
+	return func(ctx context.Context, repo [16]byte, check IndexCheck) (Index, error) {
+		x, err := openBadger("", repo, false)
+		if err != nil {
+			return nil, err
+		}
+		return checked(ctx, x, check)
+	}
+}
+
+// LocalIndex opens the index in dir, which no other process may have open. An
+// index that is damaged, foreign or of another format is made anew: all of it is in packs and
+// manifests. With readOnly nothing is written.
+func LocalIndex(dir string, readOnly bool) IndexOpener {
+	return func(ctx context.Context, repo [16]byte, check IndexCheck) (Index, error) {
+		if !readOnly {
+			if err := os.MkdirAll(dir, 0o700); err != nil {
+				return nil, err
+			}
+		}
+		x, err := openBadger(dir, repo, readOnly)
+		if err != nil && !readOnly && !errors.Is(err, os.ErrPermission) {
+			if err := clearIndex(dir); err != nil {
+				return nil, err
+			}
+			x, err = openBadger(dir, repo, false)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return checked(ctx, x, check)
+	}
+}
+
+// checked compares an index with the repository before it is used.
+func checked(ctx context.Context, x *badgerIndex, check IndexCheck) (Index, error) {
+	if x.readOnly && !x.wasClean {
+		x.Close()
+		return nil, ErrIndexStale
+	}
+	if !x.readOnly {
+		if err := check(ctx, x, x.wasClean); err != nil {
+			x.Close()
+			return nil, err
+		}
+	}
+	x.complete.Store(true)
+	return x, nil
+}
+
+// clearIndex removes everything in dir.
+func clearIndex(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}

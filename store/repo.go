@@ -1,0 +1,661 @@
+package store
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/zeebo/blake3"
+
+	"github.com/holdfast-backup/holdfast/store/bucket"
+)
+
+// InitOptions describe a new repository.
+type InitOptions struct {
+	ChunkSize    int    // bytes; 0 is DefaultChunkSize
+	NoEncryption bool   //
+	Passphrase   []byte // not needed without encryption
+}
+
+// Init makes a repository in an empty bucket. Its config appears last, in one
+// step: an interrupted Init leaves nothing that a second one trips over.
+// ErrExists when the bucket holds a repository already.
+func Init(ctx context.Context, b bucket.Bucket, opt InitOptions, now time.Time) error {
+	if opt.ChunkSize == 0 {
+		opt.ChunkSize = DefaultChunkSize
+	}
+	if !ValidChunkSize(opt.ChunkSize) {
+		return fmt.Errorf("store: chunk size %d is not a power of two from %d to %d", opt.ChunkSize, MinChunkSize, MaxChunkSize)
+	}
+	if !opt.NoEncryption && len(opt.Passphrase) == 0 {
+		return errors.New("store: an empty passphrase protects nothing")
+	}
+	st, err := loadConfig(ctx, b)
+	interrupted := false
+	if err == nil {
+		if interrupted, err = onlyCopy(ctx, b, st); err != nil {
+			return err
+		}
+	}
+	switch {
+	case interrupted, errors.Is(err, ErrNoRepository):
+	case err == nil, errors.Is(err, ErrDamaged), errors.Is(err, ErrNewerFormat):
+		return fmt.Errorf("store: a repository %w here", ErrExists)
+	default:
+		return err
+	}
+	cfg, _, err := newConfig(opt, now)
+	if err != nil {
+		return err
+	}
+	raw, err := cfg.encode()
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{configCopyName, configName} {
+		if err := writeObject(ctx, b, name, raw); err != nil {
+			return fmt.Errorf("store: write %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// onlyCopy reports whether the copy of the config is all that there is, which is
+// what an interrupted Init leaves.
+func onlyCopy(ctx context.Context, b bucket.Bucket, st configState) (bool, error) {
+	if !slices.Contains(st.damaged, configName) {
+		return false, nil
+	}
+	for info, err := range b.List(ctx, "") {
+		if err != nil {
+			return false, fmt.Errorf("store: %w", err)
+		}
+		if info.Name != configCopyName {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// IndexOpener gives the index of the repository with that id. Whoever becomes
+// the owner of an index calls check with it before anyone uses it.
+type IndexOpener func(ctx context.Context, repo [16]byte, check IndexCheck) (Index, error)
+
+// IndexCheck brings an index up to date with the packs and manifests. clean says
+// that its last owner closed it lacking nothing: then only the points are compared,
+// which costs one listing.
+type IndexCheck func(ctx context.Context, x Index, clean bool) error
+
+// OpenOptions bound the memory of an open repository.
+type OpenOptions struct {
+	// Passphrase is asked for when the repository is encrypted.
+	Passphrase func() ([]byte, error)
+	// ChunkCache is the bytes of decoded chunks kept for readers; 0 is 64 MiB.
+	ChunkCache int64
+	// PageCache is the bytes of decoded chunk-map pages kept; 0 is 32 MiB.
+	PageCache int64
+	// Warn is told what the user should know; nil drops it.
+	Warn func(string)
+}
+
+// Repo is an open repository. Safe for concurrent use.
+type Repo struct {
+	bucket   bucket.Bucket
+	cfg      *config
+	cfgState configState
+	keys     *keys
+	id       [16]byte
+	index    Index
+	indexBox box
+	warn     func(string)
+
+	packer *packer
+	packs  packCache
+	chunks *chunkCache
+	leaves *pageCache
+	pageID func(plain []byte) ID
+
+	prepareMu sync.Mutex // guards following
+	prepared  bool       // index compared with the bucket for writing
+
+	pointsMu  sync.Mutex // guards following
+	pointsGen uint64
+	points    *listing
+
+	// sealedMu is never held during a call to the index: such a call may make this
+	// process the owner, which checks the index and comes here.
+	sealedMu  sync.Mutex    // guards following
+	sealed    []SealedPoint // as the check of the index saw them, at sealedGen
+	sealedGen uint64
+
+	closed atomic.Bool
+}
+
+// Open opens the repository in b. The index opens while the passphrase is
+// being stretched. ErrNoRepository, ErrPassphrase, ErrDamaged and ErrNewerFormat
+// are told apart.
+func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOptions) (*Repo, error) {
+	st, err := loadConfig(ctx, b)
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	r := &Repo{bucket: b, cfg: st.cfg, cfgState: st, id: [16]byte(st.cfg.ID), warn: opt.Warn}
+	if r.warn == nil {
+		r.warn = func(string) {}
+	}
+	for _, name := range st.damaged {
+		r.warn(fmt.Sprintf("%s is damaged or missing; its other copy is used", name))
+	}
+	var passphrase []byte
+	if st.cfg.Cipher != cipherNone {
+		if opt.Passphrase == nil {
+			return nil, fmt.Errorf("store: %w: none given", ErrPassphrase)
+		}
+		if passphrase, err = opt.Passphrase(); err != nil {
+			return nil, err
+		}
+	}
+	r.packer = newPacker(r)
+	r.packs.open = r.openPack
+	r.chunks = newChunkCache(cmp.Or(opt.ChunkCache, 64<<20))
+	r.leaves = newPageCache(cmp.Or(opt.PageCache, 32<<20))
+
+	unlocked := make(chan struct{})
+	var unlockErr error
+	go func() {
+		defer close(unlocked)
+		if r.keys, unlockErr = st.cfg.unlock(passphrase); unlockErr == nil {
+			r.indexBox = r.keys.box(ctxIndex, nil)
+			r.pageID = r.hashPage
+		}
+	}()
+	index, err := open(ctx, r.id, func(ctx context.Context, x Index, clean bool) error {
+		if <-unlocked; unlockErr != nil {
+			return unlockErr
+		}
+		return r.reconcile(ctx, x, clean)
+	})
+	<-unlocked
+	if unlockErr != nil {
+		if err == nil {
+			index.Close()
+		}
+		return nil, fmt.Errorf("store: %w", unlockErr)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	r.index = index
+	return r, nil
+}
+
+// NeedsPassphrase reports whether opening the repository in b takes a passphrase.
+func NeedsPassphrase(ctx context.Context, b bucket.Bucket) (bool, error) {
+	st, err := loadConfig(ctx, b)
+	if err != nil {
+		return false, fmt.Errorf("store: %w", err)
+	}
+	return st.cfg.Cipher != cipherNone, nil
+}
+
+// RepoStats sums up a repository.
+type RepoStats struct {
+	VMs    int   `json:"vms"`
+	Points int   `json:"points"`
+	Packs  int   `json:"packs"`
+	Total  int64 `json:"bytes_total"`  // disks of all points together
+	Stored int64 `json:"bytes_stored"` // size of all packs
+}
+
+// Stats sums up the repository from its index.
+func (r *Repo) Stats(ctx context.Context) (RepoStats, error) {
+	l, err := r.list(ctx)
+	if err != nil {
+		return RepoStats{}, err
+	}
+	s := RepoStats{VMs: len(l.byVM), Points: len(l.all)}
+	for _, p := range l.all {
+		s.Total += p.Total
+	}
+	for p, err := range r.index.Packs(ctx) {
+		if err != nil {
+			return s, fmt.Errorf("store: %w", err)
+		}
+		s.Packs++
+		s.Stored += p.Size
+	}
+	return s, nil
+}
+
+// Close ends the use of the repository: what was being written is sealed for a
+// later run to find, and the index is released. Calling it twice is harmless.
+func (r *Repo) Close() error {
+	if r.closed.Swap(true) {
+		return nil
+	}
+	err := r.packer.flush()
+	if errors.Is(err, context.Canceled) {
+		err = nil
+	}
+	r.packs.close()
+	return errors.Join(err, r.index.Close())
+}
+
+// ChunkSize is the size of a chunk in bytes.
+func (r *Repo) ChunkSize() int { return r.cfg.ChunkSize }
+
+// ID is the repository's id, hexadecimal.
+func (r *Repo) ID() string { return hex.EncodeToString(r.id[:]) }
+
+// Encrypted reports whether bodies are encrypted.
+func (r *Repo) Encrypted() bool { return r.keys.sealed }
+
+// Created is when the repository was made.
+func (r *Repo) Created() time.Time { return r.cfg.Created }
+
+// overhead is what encryption adds to a record, bytes.
+func (r *Repo) overhead() int {
+	if r.keys.sealed {
+		return tagLen
+	}
+	return 0
+}
+
+func (r *Repo) hashPage(plain []byte) (id ID) {
+	h, err := blake3.NewKeyed(r.keys.pageID[:])
+	if err != nil {
+		panic(err) // key length is a constant
+	}
+	h.Write(plain)
+	h.Sum(id[:0])
+	return id
+}
+
+// prepareWrite compares the index with what the bucket really holds and mends a
+// lost copy of the config, once: a run must not rely on chunks whose pack is gone.
+func (r *Repo) prepareWrite(ctx context.Context) error {
+	r.prepareMu.Lock()
+	defer r.prepareMu.Unlock()
+	if r.prepared {
+		return nil
+	}
+	for _, name := range r.cfgState.damaged {
+		if err := writeObject(ctx, r.bucket, name, r.cfgState.good); err != nil {
+			return fmt.Errorf("store: mend %s: %w", name, err)
+		}
+		r.warn(name + " was mended from its other copy")
+	}
+	r.cfgState.damaged = nil
+	if err := r.reconcile(ctx, r.index, false); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	r.prepared = true
+	return nil
+}
+
+// reconcile brings x up to date with the packs and manifests in the bucket.
+// It reads only names, and the footers and manifests that x lacks.
+func (r *Repo) reconcile(ctx context.Context, x Index, clean bool) error {
+	if !clean {
+		if err := r.reconcilePacks(ctx, x); err != nil {
+			return err
+		}
+	}
+	news, err := r.reconcilePoints(ctx, x)
+	if err != nil {
+		return err
+	}
+	if !clean {
+		return r.markEmptyWhole(ctx, x)
+	}
+	if !news {
+		return nil
+	}
+	// Points that a clean index has never seen: it is from before them, and so it
+	// lacks their packs as well.
+	return r.reconcilePacks(ctx, x)
+}
+
+// markEmptyWhole: an index that begins with the repository lacks nothing.
+func (r *Repo) markEmptyWhole(ctx context.Context, x Index) error {
+	for _, err := range x.Packs(ctx) {
+		return err
+	}
+	points, err := x.Points(ctx)
+	if err != nil || len(points) > 0 {
+		return err
+	}
+	return x.SetWhole(ctx)
+}
+
+// Whole reports whether the repository is known to lack nothing that its points
+// need. When it is not, what a point claims to share with others has to be checked.
+func (r *Repo) Whole(ctx context.Context) (bool, error) { return r.index.Whole(ctx) }
+
+func (r *Repo) reconcilePacks(ctx context.Context, x Index) error {
+	known := map[PackID]NumberedPack{}
+	for p, err := range x.Packs(ctx) {
+		if err != nil {
+			return err
+		}
+		known[p.ID] = p
+	}
+	for info, err := range r.bucket.List(ctx, packPrefix) {
+		if err != nil {
+			return fmt.Errorf("list packs: %w", err)
+		}
+		id, err := parsePackName(info.Name)
+		if err != nil {
+			continue
+		}
+		if k, ok := known[id]; ok && k.Size == info.Size {
+			delete(known, id)
+			continue
+		}
+		recs, err := r.packTable(ctx, id)
+		if err != nil {
+			return err
+		}
+		if k, ok := known[id]; ok { // cut short: forget what it held
+			if err := x.DropPack(ctx, k.Number); err != nil {
+				return err
+			}
+		}
+		if err := x.AddPack(ctx, PackInfo{id, info.Size}, recs); err != nil {
+			return err
+		}
+		delete(known, id)
+	}
+	for _, p := range known {
+		r.warn(fmt.Sprintf("pack %s is missing", p.ID))
+		if err := x.DropPack(ctx, p.Number); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// packTable gives the records of a pack: from its footer, or, when that is
+// damaged, from the records themselves. Those are proved one by one: in a pack under
+// a wrong name none can be read, and they must not hide the good ones elsewhere.
+func (r *Repo) packTable(ctx context.Context, id PackID) ([]PackRecord, error) {
+	o, err := r.bucket.Open(ctx, packName(id))
+	if err != nil {
+		return nil, fmt.Errorf("pack %s: %w", id, err)
+	}
+	defer o.Close()
+	recs, err := readFooter(o, o.Size(), r.id, id, r.keys.sealed)
+	if err == nil {
+		return recs, nil
+	}
+	r.warn(fmt.Sprintf("pack %s: %v; its records are read one by one", id, err))
+	recs = nil
+	b := r.keys.box(ctxPack, id[:])
+	dst := make([]byte, max(r.cfg.ChunkSize, maxPageLen))
+	_, err = scanRecords(o, o.Size(), func(off int64, h recordHeader, raw []byte) error {
+		if _, err := r.openRecord(bytes.Clone(raw), h.id, h.kind, b, dst, true); err != nil {
+			return ctx.Err()
+		}
+		recs = append(recs, PackRecord{ID: h.id, Off: uint32(off), Len: h.len, Plain: h.plain, Kind: h.kind})
+		return ctx.Err()
+	})
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, fmt.Errorf("pack %s: %w", id, err)
+	}
+	return recs, nil
+}
+
+// reconcilePoints reports whether there were points that x did not have.
+func (r *Repo) reconcilePoints(ctx context.Context, x Index) (news bool, err error) {
+	gen, err := x.Generation(ctx)
+	if err != nil {
+		return false, err
+	}
+	list, err := x.Points(ctx)
+	if err != nil {
+		return false, err
+	}
+	known := make(map[PointID]bool, len(list))
+	for _, p := range list {
+		known[p.ID] = true
+	}
+	for name, err := range bucket.Names(ctx, r.bucket, pointPrefix) {
+		if err != nil {
+			return false, fmt.Errorf("list points: %w", err)
+		}
+		var id PointID
+		if id.UnmarshalText([]byte(strings.TrimPrefix(name, pointPrefix))) != nil {
+			continue
+		}
+		if known[id] {
+			delete(known, id)
+			continue
+		}
+		s, err := r.summaryOf(ctx, id)
+		if errors.Is(err, ErrNotExist) {
+			continue // gone meanwhile
+		}
+		if err != nil {
+			return false, err
+		}
+		if s.Damaged != "" {
+			r.warn(s.Damaged)
+		}
+		news = true
+		if err := r.putSummaryIn(ctx, x, &s); err != nil {
+			return false, err
+		}
+	}
+	for id := range known {
+		if err := x.DropPoint(ctx, id); err != nil {
+			return false, err
+		}
+	}
+	r.sealedMu.Lock()
+	defer r.sealedMu.Unlock()
+	r.sealed, r.sealedGen = list, gen // the first listing needs them again
+	return news, nil
+}
+
+// summaryOf reads the summary of a point from its manifest. A damaged manifest is
+// no error: Damaged says what is wrong with it.
+func (r *Repo) summaryOf(ctx context.Context, id PointID) (Summary, error) {
+	p, err := r.readPoint(ctx, id)
+	if errors.Is(err, ErrDamaged) {
+		return Summary{ID: id, Damaged: err.Error()}, nil
+	}
+	if err != nil {
+		return Summary{}, err
+	}
+	return p.summary(), nil
+}
+
+func (r *Repo) putSummary(ctx context.Context, s *Summary) error {
+	return r.putSummaryIn(ctx, r.index, s)
+}
+
+func (r *Repo) putSummaryIn(ctx context.Context, x Index, s *Summary) error {
+	sealed, err := r.sealSummary(s)
+	if err != nil {
+		return err
+	}
+	return x.PutPoint(ctx, SealedPoint{ID: s.ID, Summary: sealed})
+}
+
+// Generation grows whenever a point comes or goes.
+func (r *Repo) Generation(ctx context.Context) (uint64, error) { return r.index.Generation(ctx) }
+
+// listing is the points at one generation; immutable.
+type listing struct {
+	all    []Summary         // by VM, then from old to new
+	byVM   map[string][2]int // VM => its range of all
+	byPath map[string]int    // VM/NAME => place in all
+}
+
+// list gives the present listing.
+func (r *Repo) list(ctx context.Context) (*listing, error) {
+	gen, err := r.index.Generation(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	r.pointsMu.Lock()
+	defer r.pointsMu.Unlock()
+	if r.points != nil && r.pointsGen == gen {
+		return r.points, nil
+	}
+	r.sealedMu.Lock()
+	sealed := r.sealed
+	if r.sealedGen != gen {
+		sealed = nil
+	}
+	r.sealed = nil
+	r.sealedMu.Unlock()
+	if sealed == nil {
+		if sealed, err = r.index.Points(ctx); err != nil {
+			return nil, fmt.Errorf("store: %w", err)
+		}
+	}
+	l := &listing{all: make([]Summary, 0, len(sealed)), byVM: map[string][2]int{}, byPath: make(map[string]int, len(sealed))}
+	for _, sp := range sealed {
+		s, err := r.openSummary(sp)
+		if err != nil { // the index is only a cache of it
+			if s, err = r.summaryOf(ctx, sp.ID); err != nil {
+				return nil, err
+			}
+		}
+		l.all = append(l.all, s)
+	}
+	slices.SortFunc(l.all, func(a, b Summary) int {
+		return cmp.Or(cmp.Compare(a.VM, b.VM), a.Time.Compare(b.Time), cmp.Compare(len(a.Name), len(b.Name)),
+			cmp.Compare(a.Name, b.Name), slices.Compare(a.ID[:], b.ID[:]))
+	})
+	for i, s := range l.all {
+		v, ok := l.byVM[s.VM]
+		if !ok {
+			v[0] = i
+		}
+		v[1] = i + 1
+		l.byVM[s.VM] = v
+		l.byPath[s.Path()] = i
+	}
+	r.points, r.pointsGen = l, gen
+	return l, nil
+}
+
+// of gives the points of a VM.
+func (l *listing) of(vm string) []Summary {
+	v := l.byVM[vm]
+	return l.all[v[0]:v[1]]
+}
+
+// Points lists all points, by VM, then from old to new. The slice is shared: do
+// not change it.
+func (r *Repo) Points(ctx context.Context) ([]Summary, error) {
+	l, err := r.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return l.all, nil
+}
+
+// PointsOf lists the points of one VM, from old to new; none when there is no
+// such VM. The slice is shared: do not change it.
+func (r *Repo) PointsOf(ctx context.Context, vm string) ([]Summary, error) {
+	l, err := r.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return l.of(vm), nil
+}
+
+// Named gives the point with exactly that VM and name.
+func (r *Repo) Named(ctx context.Context, vm, name string) (Summary, error) {
+	l, err := r.list(ctx)
+	if err != nil {
+		return Summary{}, err
+	}
+	i, ok := l.byPath[vm+"/"+name]
+	if !ok {
+		return Summary{}, fmt.Errorf("no point %q: %w", vm+"/"+name, ErrNotExist)
+	}
+	return l.all[i], nil
+}
+
+// Point reads the manifest of a point.
+func (r *Repo) Point(ctx context.Context, id PointID) (*Point, error) { return r.readPoint(ctx, id) }
+
+// Latest gives the newest point of a VM whose manifest is whole; ErrNotExist when there is none.
+func (r *Repo) Latest(ctx context.Context, vm string) (Summary, error) {
+	list, err := r.PointsOf(ctx, vm)
+	if err != nil {
+		return Summary{}, err
+	}
+	for _, s := range slices.Backward(list) {
+		if s.Damaged == "" {
+			return s, nil
+		}
+	}
+	return Summary{}, fmt.Errorf("no point of VM %q: %w", vm, ErrNotExist)
+}
+
+// MinIDPrefix is how many hexadecimal digits of a point's id name it.
+const MinIDPrefix = 6
+
+// Find resolves what a user calls a point: VM/POINT, VM/latest, VM/ and the
+// beginning of a date (the newest one that matches), an id or a unique prefix of it. ErrNotExist
+// and ErrAmbiguous say why it could not.
+func (r *Repo) Find(ctx context.Context, ref string) (Summary, error) {
+	l, err := r.list(ctx)
+	if err != nil {
+		return Summary{}, err
+	}
+	list := l.all
+	ref = strings.Trim(ref, "/")
+	if vm, name, ok := cutLast(ref, "/"); ok {
+		if name == "latest" {
+			return r.Latest(ctx, vm)
+		}
+		if i, ok := l.byPath[ref]; ok {
+			return list[i], nil
+		}
+		for _, s := range slices.Backward(l.of(vm)) {
+			if len(name) >= len("2006") && strings.HasPrefix(s.Name, name) && s.Damaged == "" {
+				return s, nil
+			}
+		}
+		return Summary{}, fmt.Errorf("no point %q: %w", ref, ErrNotExist)
+	}
+	if len(ref) < MinIDPrefix || strings.Trim(ref, "0123456789abcdef") != "" {
+		return Summary{}, fmt.Errorf("no point %q: %w", ref, ErrNotExist)
+	}
+	var found *Summary
+	for i := range list {
+		if strings.HasPrefix(list[i].ID.String(), ref) {
+			if found != nil {
+				return Summary{}, fmt.Errorf("id prefix %q is %w: %s and %s", ref, ErrAmbiguous, found.Path(), list[i].Path())
+			}
+			found = &list[i]
+		}
+	}
+	if found == nil {
+		return Summary{}, fmt.Errorf("no point with an id of %q: %w", ref, ErrNotExist)
+	}
+	return *found, nil
+}
+
+func cutLast(s, sep string) (before, after string, ok bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return "", "", false
+	}
+	return s[:i], s[i+len(sep):], true
+}
