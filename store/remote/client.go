@@ -1,0 +1,320 @@
+package remote
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"iter"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/store"
+)
+
+// errGone: the owner ended the connection. The request may have been carried out.
+var errGone = errors.New("the owner of the repository is gone")
+
+// errVersion: the owner speaks another protocol or serves another repository.
+var errVersion = errors.New("the process that holds the repository is another version of holdfast")
+
+// client is the Index of a process that does not own it.
+type client struct {
+	conn net.Conn
+
+	wmu sync.Mutex // one frame at a time
+
+	mu      sync.Mutex // guards following
+	number  uint64
+	waiting map[uint64]chan []byte // request => where its response goes
+	gone    bool
+}
+
+var _ store.Index = (*client)(nil)
+
+// newClient says hello on conn.
+func newClient(conn net.Conn, repo [16]byte) (*client, error) {
+	c := &client{conn: conn, waiting: map[uint64]chan []byte{}}
+	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	b := binary.LittleEndian.AppendUint32(newFrame(0, opHello), protocolVersion)
+	b, _ = finish(append(b, repo[:]...))
+	if _, err := conn.Write(b); err != nil {
+		return nil, errors.Join(errGone, err)
+	}
+	in := bufio.NewReaderSize(conn, 64<<10)
+	resp, err := readFrame(in, nil)
+	if err != nil {
+		return nil, errors.Join(errGone, err)
+	}
+	if resp[8] != statusOK {
+		return nil, errVersion
+	}
+	conn.SetDeadline(time.Time{})
+	go c.receive(in)
+	return c, nil
+}
+
+// receive hands responses to those who wait for them.
+func (c *client) receive(in *bufio.Reader) {
+	for {
+		resp, err := readFrame(in, nil)
+		c.mu.Lock()
+		if err != nil {
+			c.gone = true
+			for n, ch := range c.waiting {
+				close(ch)
+				delete(c.waiting, n)
+			}
+			c.mu.Unlock()
+			c.conn.Close()
+			return
+		}
+		n := binary.LittleEndian.Uint64(resp)
+		ch := c.waiting[n]
+		delete(c.waiting, n)
+		c.mu.Unlock()
+		if ch != nil {
+			ch <- resp[8:]
+		}
+	}
+}
+
+// call sends a request and waits for its response. build appends the payload.
+func (c *client) call(ctx context.Context, op uint8, build func([]byte) []byte) (*cursor, error) {
+	ch := make(chan []byte, 1)
+	c.mu.Lock()
+	if c.gone {
+		c.mu.Unlock()
+		return nil, errGone
+	}
+	c.number++
+	n := c.number
+	c.waiting[n] = ch
+	c.mu.Unlock()
+	b, err := finish(build(newFrame(n, op)))
+	if err == nil {
+		c.wmu.Lock()
+		_, err = c.conn.Write(b)
+		c.wmu.Unlock()
+		if err != nil {
+			err = errGone
+		}
+	}
+	if err != nil {
+		c.mu.Lock()
+		delete(c.waiting, n)
+		c.mu.Unlock()
+		return nil, err
+	}
+	select {
+	case resp, ok := <-ch:
+		if !ok {
+			return nil, errGone
+		}
+		switch text := string(resp[1:min(len(resp), 1024)]); resp[0] {
+		case statusOK:
+			return &cursor{b: resp[1:]}, nil
+		case statusNotExist:
+			return nil, fmt.Errorf("%s: %w", text, store.ErrNotExist)
+		default:
+			return nil, errors.New(text)
+		}
+	case <-ctx.Done():
+		c.mu.Lock()
+		delete(c.waiting, n)
+		c.mu.Unlock()
+		return nil, ctx.Err()
+	}
+}
+
+// lookupBatch keeps a request well under maxFrame.
+const lookupBatch = 1 << 15
+
+func (c *client) Lookup(ctx context.Context, ids []store.ID, locs []store.Loc) error {
+	for len(ids) > 0 {
+		n := min(len(ids), lookupBatch)
+		in, err := c.call(ctx, opLookup, func(b []byte) []byte {
+			b = binary.LittleEndian.AppendUint32(b, uint32(n))
+			for _, id := range ids[:n] {
+				b = append(b, id[:]...)
+			}
+			return b
+		})
+		if err != nil {
+			return err
+		}
+		for i := range n {
+			locs[i] = store.Loc{Pack: in.u32(), Off: in.u32(), Len: in.u32()}
+		}
+		if err := in.end(); err != nil {
+			return err
+		}
+		ids, locs = ids[n:], locs[n:]
+	}
+	return nil
+}
+
+func (c *client) AddPack(ctx context.Context, pack store.PackInfo, recs []store.PackRecord) error {
+	le := binary.LittleEndian
+	_, err := c.call(ctx, opAddPack, func(b []byte) []byte {
+		b = le.AppendUint64(append(b, pack.ID[:]...), uint64(pack.Size))
+		b = le.AppendUint32(b, uint32(len(recs)))
+		for _, r := range recs {
+			b = append(b, r.ID[:]...)
+			b = le.AppendUint32(le.AppendUint32(le.AppendUint32(b, r.Off), r.Len), r.Plain)
+			b = append(b, r.Kind)
+		}
+		return b
+	})
+	return err
+}
+
+func (c *client) Packs(ctx context.Context) iter.Seq2[store.NumberedPack, error] {
+	return func(yield func(store.NumberedPack, error) bool) {
+		for after, more := uint32(0), true; more; {
+			in, err := c.call(ctx, opPacks, func(b []byte) []byte { return binary.LittleEndian.AppendUint32(b, after) })
+			if err != nil {
+				yield(store.NumberedPack{}, err)
+				return
+			}
+			f := in.take(1)
+			more = f != nil && f[0] == 1
+			for len(in.b) > 0 && in.err == nil {
+				p := store.NumberedPack{Number: in.u32()}
+				copy(p.ID[:], in.take(32))
+				p.Size = int64(in.u64())
+				after = p.Number
+				if in.err == nil && !yield(p, nil) {
+					return
+				}
+			}
+			if err := in.end(); err != nil {
+				yield(store.NumberedPack{}, err)
+				return
+			}
+		}
+	}
+}
+
+func (c *client) Pack(ctx context.Context, number uint32) (p store.PackInfo, err error) {
+	in, err := c.call(ctx, opPack, func(b []byte) []byte { return binary.LittleEndian.AppendUint32(b, number) })
+	if err != nil {
+		return p, err
+	}
+	copy(p.ID[:], in.take(32))
+	p.Size = int64(in.u64())
+	return p, in.end()
+}
+
+func (c *client) DropPack(ctx context.Context, number uint32) error {
+	_, err := c.call(ctx, opDropPack, func(b []byte) []byte { return binary.LittleEndian.AppendUint32(b, number) })
+	return err
+}
+
+func (c *client) DropChunks(ctx context.Context, ids []store.ID) error {
+	for part := range slices.Chunk(ids, lookupBatch) {
+		_, err := c.call(ctx, opDropChunks, func(b []byte) []byte {
+			b = binary.LittleEndian.AppendUint32(b, uint32(len(part)))
+			for _, id := range part {
+				b = append(b, id[:]...)
+			}
+			return b
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *client) Whole(ctx context.Context) (bool, error) {
+	in, err := c.call(ctx, opWhole, func(b []byte) []byte { return b })
+	if err != nil {
+		return false, err
+	}
+	f := in.take(1)
+	return f != nil && f[0] == 1, in.end()
+}
+
+func (c *client) SetWhole(ctx context.Context) error {
+	_, err := c.call(ctx, opSetWhole, func(b []byte) []byte { return b })
+	return err
+}
+
+func (c *client) Page(ctx context.Context, id store.ID) ([]byte, error) {
+	in, err := c.call(ctx, opPage, func(b []byte) []byte { return append(b, id[:]...) })
+	if err != nil || len(in.b) == 0 {
+		return nil, err
+	}
+	return in.b, nil
+}
+
+func (c *client) PutPages(ctx context.Context, ids []store.ID, pages [][]byte) error {
+	_, err := c.call(ctx, opPutPages, func(b []byte) []byte {
+		b = binary.LittleEndian.AppendUint32(b, uint32(len(ids)))
+		for i, id := range ids {
+			b = putBytes(append(b, id[:]...), pages[i])
+		}
+		return b
+	})
+	return err
+}
+
+func (c *client) Points(ctx context.Context) ([]store.SealedPoint, error) {
+	var list []store.SealedPoint
+	var after store.PointID
+	for more := true; more; {
+		in, err := c.call(ctx, opPoints, func(b []byte) []byte { return append(b, after[:]...) })
+		if err != nil {
+			return nil, err
+		}
+		f := in.take(1)
+		more = f != nil && f[0] == 1
+		for len(in.b) > 0 && in.err == nil {
+			var p store.SealedPoint
+			copy(p.ID[:], in.take(16))
+			p.Summary = in.bytes()
+			after = p.ID
+			list = append(list, p)
+		}
+		if err := in.end(); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
+func (c *client) PutPoint(ctx context.Context, p store.SealedPoint) error {
+	_, err := c.call(ctx, opPutPoint, func(b []byte) []byte { return putBytes(append(b, p.ID[:]...), p.Summary) })
+	return err
+}
+
+func (c *client) DropPoint(ctx context.Context, id store.PointID) error {
+	_, err := c.call(ctx, opDropPoint, func(b []byte) []byte { return append(b, id[:]...) })
+	return err
+}
+
+func (c *client) Generation(ctx context.Context) (uint64, error) {
+	in, err := c.call(ctx, opGeneration, func(b []byte) []byte { return b })
+	if err != nil {
+		return 0, err
+	}
+	return in.u64(), in.end()
+}
+
+func (c *client) Reserve(ctx context.Context, name string) (int, error) {
+	in, err := c.call(ctx, opReserve, func(b []byte) []byte { return putBytes(b, []byte(name)) })
+	if err != nil {
+		return 0, err
+	}
+	return int(in.u32()), in.end()
+}
+
+// Close ends the connection.
+func (c *client) Close() error {
+	c.conn.Close()
+	return nil
+}

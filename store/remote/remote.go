@@ -1,0 +1,326 @@
+// Package remote shares one repository between processes. The first process
+// that opens a repository owns its index and serves it on a socket inside the repository,
+// open to the same user only; later ones use it through that socket without noticing; when
+// the owner ends or dies, one of them takes over.
+//
+//	repo, err := store.Open(ctx, bucket, remote.Index(dir), options)
+//
+// Only the index goes over the socket. Processes on one host read and write packs
+// themselves, so an owner that is killed takes nothing with it: what a client has made
+// durable it tells the next owner.
+package remote
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
+)
+
+const (
+	lockName   = "owner.lock"
+	socketName = "owner.sock"
+	indexDir   = "index"
+	// electionTimeout is how long a process waits for an owner that neither answers nor ends.
+	electionTimeout = 15 * time.Second
+)
+
+// Index opens the index of the repository in dir: as its owner, through its
+// owner, or, where nothing may be written, for reading alone.
+func Index(dir string) store.IndexOpener {
+	return func(ctx context.Context, repo [16]byte, check store.IndexCheck) (store.Index, error) {
+		x := &index{dir: dir, repo: repo, check: check}
+		if _, err := x.elect(ctx, 0); err != nil {
+			return nil, err
+		}
+		return x, nil
+	}
+}
+
+// index is owner or client, whichever its process is at the moment.
+type index struct {
+	dir   string
+	repo  [16]byte
+	check store.IndexCheck
+
+	electing sync.Mutex // held while a new owner is sought
+
+	mu     sync.Mutex // guards following
+	cur    store.Index
+	term   int // counts elections
+	srv    *server
+	lock   *os.File
+	closed bool
+}
+
+var _ store.Index = (*index)(nil)
+
+// do runs fn with the present index, and again with the next one when the owner
+// went away. Every operation may be carried out twice without harm.
+func (x *index) do(ctx context.Context, fn func(store.Index) error) error {
+	for {
+		x.mu.Lock()
+		cur, term := x.cur, x.term
+		x.mu.Unlock()
+		err := fn(cur)
+		if !errors.Is(err, errGone) {
+			return err
+		}
+		if cur, err = x.elect(ctx, term); err != nil {
+			return err
+		}
+	}
+}
+
+// elect makes this process the owner, or connects it to the one there is. It
+// does nothing when that has happened since term.
+func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
+	x.electing.Lock()
+	defer x.electing.Unlock()
+	x.mu.Lock()
+	cur, now, closed := x.cur, x.term, x.closed
+	x.mu.Unlock()
+	switch {
+	case closed:
+		return nil, fs.ErrClosed
+	case now != term:
+		return cur, nil
+	}
+	if cur != nil {
+		cur.Close()
+	}
+	var last error
+	for deadline := time.Now().Add(electionTimeout); ; {
+		cur, srv, lock, err := x.become(ctx)
+		if err == nil {
+			x.mu.Lock()
+			x.cur, x.srv, x.lock, x.term = cur, srv, lock, term+1
+			x.mu.Unlock()
+			return cur, nil
+		}
+		if !errors.Is(err, errGone) {
+			return nil, err
+		}
+		last = err
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("%w by another process that does not answer: %v", store.ErrLocked, last)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// become tries once: owner, else client. errGone says try again.
+func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, error) {
+	lock, err := os.OpenFile(filepath.Join(x.dir, lockName), os.O_RDWR|os.O_CREATE|syscall.O_CLOEXEC, 0o600)
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.ENOSPC) {
+		cur, err := x.readOnly(ctx)
+		return cur, nil, nil, err
+	}
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if free, ferr := bucket.FreeBytes(x.dir); err == nil && ferr == nil && free < store.MinFree {
+		lock.Close() // a reader serves nobody
+		cur, err := x.readOnly(ctx)
+		return cur, nil, nil, err
+	}
+	if err == nil {
+		cur, srv, err := x.own(ctx)
+		if err != nil {
+			lock.Close()
+			return nil, nil, nil, err
+		}
+		return cur, srv, lock, nil
+	}
+	lock.Close()
+	if !errors.Is(err, syscall.EWOULDBLOCK) {
+		return nil, nil, nil, fmt.Errorf("lock: %w", err)
+	}
+	path, done, err := x.socketPath()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	defer done()
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		return nil, nil, nil, errors.Join(errGone, err)
+	}
+	c, err := newClient(conn, x.repo)
+	if err != nil {
+		conn.Close()
+		return nil, nil, nil, err
+	}
+	return c, nil, nil, nil
+}
+
+// own opens the index and serves it. The lock is held.
+func (x *index) own(ctx context.Context) (store.Index, *server, error) {
+	local, err := store.LocalIndex(filepath.Join(x.dir, indexDir), false)(ctx, x.repo, x.check)
+	if err != nil {
+		return nil, nil, err
+	}
+	path, done, err := x.socketPath()
+	if err != nil {
+		local.Close()
+		return nil, nil, err
+	}
+	defer done()
+	os.Remove(path) // left by an owner that was killed; we hold the lock
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		local.Close()
+		return nil, nil, fmt.Errorf("socket: %w", err)
+	}
+	ln.(*net.UnixListener).SetUnlinkOnClose(false) // by the path in use at close, below
+	if err := os.Chmod(path, 0o600); err != nil {
+		ln.Close()
+		local.Close()
+		return nil, nil, err
+	}
+	return local, serve(ln, local, x.repo), nil
+}
+
+// readOnly opens what there is without writing: the index as it lies there, or
+// one in memory made from the packs.
+func (x *index) readOnly(ctx context.Context) (store.Index, error) {
+	cur, err := store.LocalIndex(filepath.Join(x.dir, indexDir), true)(ctx, x.repo, x.check)
+	if err == nil {
+		return cur, nil
+	}
+	return store.MemoryIndex()(ctx, x.repo, x.check)
+}
+
+// socketPath names the socket by way of a descriptor of its directory, since a
+// socket's path may not be longer than 107 bytes.
+func (x *index) socketPath() (string, func(), error) {
+	d, err := os.Open(x.dir)
+	if err != nil {
+		return "", nil, err
+	}
+	return fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), socketName), func() { d.Close() }, nil
+}
+
+// Close gives the index up: clients are answered and then find the next owner.
+func (x *index) Close() error {
+	x.electing.Lock()
+	defer x.electing.Unlock()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.closed {
+		return nil
+	}
+	x.closed = true
+	if x.srv != nil {
+		os.Remove(filepath.Join(x.dir, socketName))
+		x.srv.close()
+	}
+	err := x.cur.Close()
+	if x.lock != nil {
+		x.lock.Close()
+	}
+	return err
+}
+
+func (x *index) Lookup(ctx context.Context, ids []store.ID, locs []store.Loc) error {
+	return x.do(ctx, func(i store.Index) error { return i.Lookup(ctx, ids, locs) })
+}
+
+func (x *index) AddPack(ctx context.Context, pack store.PackInfo, recs []store.PackRecord) error {
+	return x.do(ctx, func(i store.Index) error { return i.AddPack(ctx, pack, recs) })
+}
+
+func (x *index) Packs(ctx context.Context) iter.Seq2[store.NumberedPack, error] {
+	return func(yield func(store.NumberedPack, error) bool) {
+		var list []store.NumberedPack
+		err := x.do(ctx, func(i store.Index) error {
+			list = list[:0]
+			for p, err := range i.Packs(ctx) {
+				if err != nil {
+					return err
+				}
+				list = append(list, p)
+			}
+			return nil
+		})
+		if err != nil {
+			yield(store.NumberedPack{}, err)
+			return
+		}
+		for _, p := range list {
+			if !yield(p, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (x *index) Pack(ctx context.Context, number uint32) (p store.PackInfo, err error) {
+	err = x.do(ctx, func(i store.Index) error { p, err = i.Pack(ctx, number); return err })
+	return p, err
+}
+
+func (x *index) DropPack(ctx context.Context, number uint32) error {
+	return x.do(ctx, func(i store.Index) error { return i.DropPack(ctx, number) })
+}
+
+func (x *index) DropChunks(ctx context.Context, ids []store.ID) error {
+	return x.do(ctx, func(i store.Index) error { return i.DropChunks(ctx, ids) })
+}
+
+func (x *index) Whole(ctx context.Context) (whole bool, err error) {
+	err = x.do(ctx, func(i store.Index) error { whole, err = i.Whole(ctx); return err })
+	return whole, err
+}
+
+func (x *index) SetWhole(ctx context.Context) error {
+	return x.do(ctx, func(i store.Index) error { return i.SetWhole(ctx) })
+}
+
+func (x *index) Page(ctx context.Context, id store.ID) (b []byte, err error) {
+	err = x.do(ctx, func(i store.Index) error { b, err = i.Page(ctx, id); return err })
+	return b, err
+}
+
+func (x *index) PutPages(ctx context.Context, ids []store.ID, pages [][]byte) error {
+	return x.do(ctx, func(i store.Index) error { return i.PutPages(ctx, ids, pages) })
+}
+
+func (x *index) Points(ctx context.Context) (list []store.SealedPoint, err error) {
+	err = x.do(ctx, func(i store.Index) error { list, err = i.Points(ctx); return err })
+	return list, err
+}
+
+func (x *index) PutPoint(ctx context.Context, p store.SealedPoint) error {
+	return x.do(ctx, func(i store.Index) error { return i.PutPoint(ctx, p) })
+}
+
+func (x *index) DropPoint(ctx context.Context, id store.PointID) error {
+	return x.do(ctx, func(i store.Index) error { return i.DropPoint(ctx, id) })
+}
+
+func (x *index) Generation(ctx context.Context) (gen uint64, err error) {
+	err = x.do(ctx, func(i store.Index) error { gen, err = i.Generation(ctx); return err })
+	return gen, err
+}
+
+func (x *index) Reserve(ctx context.Context, name string) (n int, err error) {
+	err = x.do(ctx, func(i store.Index) error { n, err = i.Reserve(ctx, name); return err })
+	return n, err
+}

@@ -1,0 +1,144 @@
+package remote
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// The protocol on the socket. Both sides send frames, little-endian:
+//
+//	request:  u32 length of the rest | u64 number | u8 operation | payload
+//	response: u32 length of the rest | u64 number | u8 status    | payload
+//
+// Responses come in any order and carry the number of their request. The first
+// request of a connection is hello: protocol version u32, repository id 16.
+const (
+	protocolVersion = 1
+	maxFrame        = 16 << 20 // bytes; a longer frame ends the connection
+	pageOfListing   = 2 << 20  // bytes after which a listing is continued by another request
+)
+
+const (
+	opHello = iota + 1
+	opLookup
+	opAddPack
+	opPacks
+	opPack
+	opDropPack
+	opDropChunks
+	opWhole
+	opSetWhole
+	opPage
+	opPutPages
+	opPoints
+	opPutPoint
+	opDropPoint
+	opGeneration
+	opReserve
+)
+
+const (
+	statusOK = iota
+	statusError
+	statusNotExist
+	statusVersion
+)
+
+// readFrame reads a frame into buf, growing it as bytes really arrive.
+func readFrame(r io.Reader, buf []byte) ([]byte, error) {
+	var head [4]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return nil, err
+	}
+	n := binary.LittleEndian.Uint32(head[:])
+	if n < 9 || n > maxFrame {
+		return nil, fmt.Errorf("frame of %d bytes", n)
+	}
+	buf = buf[:0]
+	for len(buf) < int(n) {
+		step := min(int(n)-len(buf), max(64<<10, len(buf)))
+		at := len(buf)
+		if cap(buf) < at+step {
+			buf = append(make([]byte, 0, at+step), buf...)
+		}
+		buf = buf[:at+step]
+		if _, err := io.ReadFull(r, buf[at:]); err != nil {
+			return nil, err
+		}
+	}
+	return buf, nil
+}
+
+// newFrame begins a frame; finish sets its length.
+func newFrame(number uint64, kind uint8) []byte {
+	b := make([]byte, 4, 64)
+	b = binary.LittleEndian.AppendUint64(b, number)
+	return append(b, kind)
+}
+
+func finish(b []byte) ([]byte, error) {
+	if len(b)-4 > maxFrame {
+		return nil, fmt.Errorf("a message of %d bytes is too long", len(b))
+	}
+	binary.LittleEndian.PutUint32(b, uint32(len(b)-4))
+	return b, nil
+}
+
+var errShort = errors.New("malformed message")
+
+// cursor takes a message apart; after the first error everything is zero.
+type cursor struct {
+	b   []byte
+	err error
+}
+
+func (c *cursor) take(n int) []byte {
+	if c.err != nil || n < 0 || n > len(c.b) {
+		c.err = errShort
+		return nil
+	}
+	v := c.b[:n]
+	c.b = c.b[n:]
+	return v
+}
+
+func (c *cursor) u32() uint32 {
+	if v := c.take(4); v != nil {
+		return binary.LittleEndian.Uint32(v)
+	}
+	return 0
+}
+
+func (c *cursor) u64() uint64 {
+	if v := c.take(8); v != nil {
+		return binary.LittleEndian.Uint64(v)
+	}
+	return 0
+}
+
+// bytes takes a u32 length and as many bytes, which stay the message's.
+func (c *cursor) bytes() []byte { return c.take(int(c.u32())) }
+
+// count takes a u32 that says how many items of size bytes follow at least.
+func (c *cursor) count(size int) int {
+	n := int(c.u32())
+	if c.err == nil && n > len(c.b)/size {
+		c.err = errShort
+		return 0
+	}
+	return n
+}
+
+func putBytes(b, v []byte) []byte {
+	return append(binary.LittleEndian.AppendUint32(b, uint32(len(v))), v...)
+}
+
+// end is the error of a message that must be used up by now.
+func (c *cursor) end() error {
+	if c.err == nil && len(c.b) != 0 {
+		return errShort
+	}
+	return c.err
+}
