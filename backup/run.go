@@ -1,0 +1,251 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/store"
+)
+
+// Meter is told of the progress of one disk, from several goroutines at once.
+// Nil functions are not called.
+type Meter struct {
+	Done func(n int64) // n more bytes of the disk are dealt with, holes included
+	New  func(n int64) // n more bytes are in chunks that the repository did not hold
+}
+
+func (m Meter) done(n int64) {
+	if m.Done != nil {
+		m.Done(n)
+	}
+}
+
+func (m Meter) fresh(n int64) {
+	if m.New != nil {
+		m.New(n)
+	}
+}
+
+// Options of a run.
+type Options struct {
+	Tags    []string
+	Full    bool   // read everything, even where changes are known
+	Program string // version recorded in the point
+	// Start is told of each disk as it begins; the meter it returns is updated
+	// as the disk is read. Nil: nobody watches.
+	Start func(vm, disk string, total int64) Meter
+	// Now is the clock; nil is time.Now.
+	Now func() time.Time
+}
+
+// Run backs up one frozen VM and commits its restore point.
+func Run(ctx context.Context, repo *store.Repo, snap Snapshot, opt Options) (*store.Point, error) {
+	if opt.Now == nil {
+		opt.Now = time.Now
+	}
+	if opt.Start == nil {
+		opt.Start = func(string, string, int64) Meter { return Meter{} }
+	}
+	vm := snap.VM()
+	if err := CheckName(vm.Name); err != nil {
+		return nil, err
+	}
+	began := opt.Now()
+	parent, err := parentOf(ctx, repo, vm.Name)
+	if err != nil {
+		return nil, err
+	}
+	draft, err := repo.NewDraft(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer draft.Close()
+	p := &store.Point{VM: vm, Time: snap.Time(), Tags: opt.Tags, Consistency: snap.Consistency(), Program: opt.Program}
+	if parent != nil {
+		p.Parent = &parent.ID
+	}
+	r := run{repo: repo, draft: draft, parent: parent, opt: opt, vm: vm.Name}
+	for i, d := range snap.Disks() {
+		rec, err := r.disk(ctx, d, fmt.Sprintf("disk%d", i))
+		if err != nil {
+			return nil, fmt.Errorf("%s disk%d: %w", vm.Name, i, err)
+		}
+		p.Disks = append(p.Disks, *rec)
+		p.Stats.Add(rec.Stats)
+		p.Warnings = append(p.Warnings, rec.Warnings...)
+	}
+	files, err := snap.Config(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("configuration of %s: %w", vm.Name, err)
+	}
+	for _, f := range files {
+		c, err := r.config(ctx, f)
+		if err != nil {
+			return nil, fmt.Errorf("configuration of %s: %s: %w", vm.Name, f.Name, err)
+		}
+		p.Config = append(p.Config, c)
+	}
+	p.Stats.Duration = opt.Now().Sub(began).Seconds()
+	if err := draft.Commit(ctx, p); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// CheckName refuses names of VMs that are not a single, printable path element.
+func CheckName(name string) error {
+	switch {
+	case name == "" || name == "." || name == ".." || len(name) > 200:
+	case strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == '/' || r == '\\' || r == 0x7f }):
+	case strings.TrimSpace(name) != name:
+	default:
+		return nil
+	}
+	return fmt.Errorf("%q cannot be the name of a VM: it must be one path element of at most 200 bytes", name)
+}
+
+// parentOf gives the newest point of the VM that can be read, or nil.
+func parentOf(ctx context.Context, repo *store.Repo, vm string) (*store.Point, error) {
+	s, err := repo.Latest(ctx, vm)
+	if errors.Is(err, store.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := repo.Point(ctx, s.ID)
+	if errors.Is(err, store.ErrDamaged) || errors.Is(err, store.ErrNotExist) {
+		return nil, nil // only a hint is lost
+	}
+	return p, err
+}
+
+// run is one VM's backup on its way.
+type run struct {
+	repo   *store.Repo
+	draft  *store.Draft
+	parent *store.Point // nil for the first
+	opt    Options
+	vm     string
+}
+
+// plan says how a disk is read.
+type plan struct {
+	parent *store.Image // to compare with; nil when there is none
+	base   store.Root   // map to start from
+	since  string       // change id; empty reads everything
+	data   int64        // with since: bytes of the parent's disk that are no holes
+	why    string       // recorded in the point
+}
+
+func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
+	var old *store.Disk
+	if r.parent != nil {
+		for i := range r.parent.Disks {
+			if o := &r.parent.Disks[i]; o.Key == d.Key() || (old == nil && o.Name == name) {
+				old = o
+			}
+		}
+	}
+	if old == nil {
+		return plan{why: "full: first backup of this disk"}, nil
+	}
+	img, err := r.repo.OpenDisk(r.parent, old.Name)
+	if err != nil {
+		return plan{}, err
+	}
+	whole, err := r.repo.Whole(ctx)
+	if err == nil && !whole {
+		whole, err = img.Complete(ctx)
+	}
+	if err != nil {
+		return plan{}, err
+	}
+	if !whole {
+		return plan{why: "full: chunks of the last point are lost"}, nil
+	}
+	p := plan{parent: img, base: old.Map()}
+	switch {
+	case old.Key != d.Key(): // another disk in its place is only good to compare with
+		p.why = "full: first backup of this disk"
+	case r.opt.Full:
+		p.why = "full: asked for"
+	case d.ChangeID() == "":
+		p.why = "full: the source tracks no changes"
+	case old.ChangeID == "":
+		p.why = "full: the last point has no change id"
+	case old.Size != d.Size():
+		p.why = "full: the disk was resized"
+	default:
+		p.since, p.why, p.data = old.ChangeID, "changes", old.Stats.Data
+	}
+	return p, nil
+}
+
+// disk backs up one disk. Change tracking that turns out to be lost before the
+// first range is replaced by a full read.
+func (r *run) disk(ctx context.Context, d Disk, name string) (*store.Disk, error) {
+	p, err := r.plan(ctx, d, name)
+	if err != nil {
+		return nil, err
+	}
+	rec := &store.Disk{Name: name, Key: d.Key(), Size: d.Size(), ChangeID: d.ChangeID()}
+	began := r.opt.Now()
+	root, stats, err := r.read(ctx, d, name, p)
+	if errors.Is(err, ErrChangesLost) && p.since != "" {
+		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: %v; the whole disk was read", name, err))
+		p.since, p.data, p.why = "", 0, "full: change tracking was lost"
+		root, stats, err = r.read(ctx, d, name, p)
+	}
+	if errors.Is(err, store.ErrDamaged) && p.parent != nil {
+		// The parent's map cannot be read: do without it.
+		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: the last point is damaged; the whole disk was read", name))
+		p = plan{why: "full: the last point is damaged"}
+		root, stats, err = r.read(ctx, d, name, p)
+	}
+	if err != nil {
+		return nil, err
+	}
+	warning, err := d.Verify()
+	if err != nil {
+		return nil, err
+	}
+	if warning != "" {
+		rec.Warnings = append(rec.Warnings, name+": "+warning)
+	}
+	if !root.Page.IsZero() {
+		rec.Root = root.Page[:]
+	}
+	rec.Read, rec.Stats = p.why, stats
+	rec.Stats.Duration = r.opt.Now().Sub(began).Seconds()
+	return rec, nil
+}
+
+// config stores a configuration file as a small disk.
+func (r *run) config(ctx context.Context, f ConfigFile) (store.ConfigFile, error) {
+	c := store.ConfigFile{Name: f.Name, Size: int64(len(f.Data))}
+	root, _, err := r.write(ctx, bytes.NewReader(f.Data), c.Size, plan{}, wholeOf(c.Size), Meter{})
+	if err == nil && !root.Page.IsZero() {
+		c.Root = root.Page[:]
+	}
+	return c, err
+}
+
+// exactReader makes a short read an error.
+type exactReader struct{ io.ReaderAt }
+
+func (e exactReader) ReadAt(p []byte, off int64) error {
+	n, err := e.ReaderAt.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = fmt.Errorf("the disk ends at byte %d, though it was longer at the beginning", off+int64(n))
+	}
+	return err
+}
