@@ -1,0 +1,162 @@
+// Package fs is the one address space of a repository: VMs, their restore
+// points, and in each point its description, configuration and disks in several formats.
+// FUSE, NFS and the command line show the same tree.
+//
+//	VM/latest                    -> 2026-11-21T063000Z
+//	VM/2026-11-21T063000Z/point.json
+//	VM/2026-11-21T063000Z/config/…
+//	VM/2026-11-21T063000Z/disk0.raw  disk0.vmdk + disk0-flat.vmdk  disk0.vhdx
+//
+// Nothing is stored twice: disk formats are computed over the point's image.
+// Everything below a point is immutable and has the same identity after every
+// restart. Looking around reads manifests and chunk maps, never chunks.
+package fs
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/zeebo/blake3"
+
+	"github.com/holdfast-backup/holdfast/fs/vdisk"
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/extent"
+)
+
+// Image is the content of a file: bytes that never change.
+type Image interface {
+	io.ReaderAt
+	Size() int64 // bytes
+	// Allocated yields ascending ranges outside of which all bytes are zero,
+	// aligned to granularity (bytes). It reads no chunk.
+	Allocated(granularity int64) iter.Seq2[extent.Extent, error]
+}
+
+// Kind of a node.
+type Kind uint8
+
+// The kinds of nodes.
+const (
+	KindDir Kind = iota
+	KindFile
+	KindLink
+)
+
+// Attr describes a node.
+type Attr struct {
+	Kind Kind
+	// Inode is the same for the same thing after every restart.
+	Inode uint64
+	Size  int64 // bytes
+	// Blocks is the bytes that the file would take up if stored sparsely.
+	Blocks int64
+	Time   time.Time
+	// Immutable: neither the node nor, for a directory, its entries ever change.
+	Immutable bool
+}
+
+// Entry is a line of a directory.
+type Entry struct {
+	Name  string
+	Kind  Kind
+	Inode uint64
+}
+
+// Node is one place in the tree. Dir, File and Link say what can be done with it.
+type Node interface {
+	Attr(ctx context.Context) (Attr, error)
+}
+
+// Dir is a directory.
+type Dir interface {
+	Node
+	// Lookup gives an entry; store.ErrNotExist when there is none.
+	Lookup(ctx context.Context, name string) (Node, error)
+	// Entries lists the directory in order.
+	Entries(ctx context.Context) ([]Entry, error)
+}
+
+// File is a file.
+type File interface {
+	Node
+	// Image gives the content. It needs no closing.
+	Image(ctx context.Context) (Image, error)
+}
+
+// Link is a symbolic link.
+type Link interface {
+	Node
+	Target(ctx context.Context) (string, error)
+}
+
+// Walk resolves a slash-separated path from the root, following the tree's own
+// links (`latest`). Components may name a point the way the command line does.
+func (t *Tree) Walk(ctx context.Context, p string) (Node, error) {
+	var n Node = t.Root()
+	done := "/"
+	for _, name := range strings.Split(strings.Trim(path.Clean("/"+p), "/"), "/") {
+		if name == "" {
+			continue
+		}
+		d, ok := n.(Dir)
+		if !ok {
+			return nil, fmt.Errorf("%s is not a directory: %w", done, store.ErrNotExist)
+		}
+		next, err := d.Lookup(ctx, name)
+		if v, isVM := d.(*vmDir); isVM && errors.Is(err, store.ErrNotExist) {
+			next, err = v.find(ctx, name)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if l, ok := next.(Link); ok {
+			target, err := l.Target(ctx)
+			if err != nil {
+				return nil, err
+			}
+			if next, err = d.Lookup(ctx, target); err != nil {
+				return nil, err
+			}
+		}
+		n, done = next, path.Join(done, name)
+	}
+	return n, nil
+}
+
+// inodeOf makes a stable inode number out of what a node is.
+func inodeOf(parts ...string) uint64 {
+	h := blake3.New()
+	for _, p := range parts {
+		h.Write(binary.LittleEndian.AppendUint32(nil, uint32(len(p))))
+		io.WriteString(h, p)
+	}
+	var sum [8]byte
+	h.Digest().Read(sum[:])
+	// 0 and 1 mean something to FUSE, and the top bit is go-fuse's own.
+	return binary.LittleEndian.Uint64(sum[:])>>1 | 2
+}
+
+// identityOf makes the ids inside a computed disk format.
+func identityOf(point store.PointID, disk string) vdisk.Identity {
+	sum := blake3.Sum256(append(point[:], disk...))
+	return vdisk.Identity(sum[:16])
+}
+
+// notExist is the error of a look-up.
+func notExist(name string) error { return fmt.Errorf("%s: %w", name, store.ErrNotExist) }
+
+// memory is an Image of bytes in memory.
+type memory struct{ *strings.Reader }
+
+func (m memory) Size() int64 { return m.Reader.Size() }
+
+func (m memory) Allocated(granularity int64) iter.Seq2[extent.Extent, error] {
+	return extent.Coarsen(extent.All([]extent.Extent{{Len: m.Size()}}), granularity, m.Size())
+}

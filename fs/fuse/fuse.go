@@ -1,0 +1,432 @@
+// Package fuse mounts the tree of a repository: a thin adapter of package fs to
+// the kernel. The mount is read-only, nosuid and nodev.
+//
+// Files below a point never change, so the kernel keeps their pages; directories that new
+// points appear in are asked about every time. Damage is EIO and a line in the log naming
+// point, disk and offset.
+package fuse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	stdfs "io/fs"
+	"iter"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	gofs "github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/fs"
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/extent"
+)
+
+// Options of a mount.
+type Options struct {
+	AllowOther bool // other users may read it
+	Debug      bool // log every request
+	// Log is told of damage and of what could not be set up. Required.
+	Log func(string)
+}
+
+// Sizes of the conversation with the kernel.
+const (
+	maxRead      = 1 << 20 // bytes of one request
+	maxInFlight  = 64 << 20
+	background   = 64      // requests that the kernel may have under way for read-ahead
+	readAhead    = 4 << 20 // bytes, set through the bdi: MaxReadAhead does not raise it
+	immutableTTL = time.Hour
+)
+
+// Server is a mounted tree.
+type Server struct {
+	fuse *fuse.Server
+	dir  string
+}
+
+// Mount mounts tree at dir. It returns when the mount works.
+func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
+	c := &conn{log: opt.Log}
+	var none time.Duration // what may be kept says so itself
+	s, err := gofs.Mount(dir, &dirNode{conn: c, dir: tree.Root()}, &gofs.Options{
+		MountOptions: fuse.MountOptions{
+			FsName:                   "holdfast",
+			Name:                     "holdfast",
+			AllowOther:               opt.AllowOther,
+			Debug:                    opt.Debug,
+			MaxWrite:                 maxRead,
+			MaxReadAhead:             readAhead,
+			MaxBackground:            background,
+			MaxInflightRequestBytes:  maxInFlight,
+			DisableXAttrs:            true,
+			DisableSplice:            true, // slower than copying: a 1 MiB read never fits the pipe
+			DirectMount:              true,
+			DirectMountFlags:         syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_RDONLY,
+			Options:                  []string{"ro"},
+			ExplicitDataCacheControl: true,
+		},
+		EntryTimeout:    &none,
+		AttrTimeout:     &none,
+		NegativeTimeout: &none,
+		RootStableAttr:  &gofs.StableAttr{Ino: 1},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("fuse: mount %s: %w", dir, err)
+	}
+	if err := raiseReadAhead(dir); err != nil && opt.Log != nil {
+		opt.Log(fmt.Sprintf("read-ahead stays small: %v", err))
+	}
+	return &Server{fuse: s, dir: dir}, nil
+}
+
+// raiseReadAhead sets the kernel's read-ahead of the mount through sysfs, which
+// needs root: 128 KiB, the default, makes a slow repository read eight times slower.
+func raiseReadAhead(dir string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return err
+	}
+	name := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+	return os.WriteFile(name, fmt.Append(nil, readAhead>>10), 0o644)
+}
+
+// Wait returns when the mount has ended.
+func (s *Server) Wait() { s.fuse.Wait() }
+
+// Unmount ends the mount. While files of it are open it fails with EBUSY; force
+// then detaches it, and it ends when they are closed.
+func (s *Server) Unmount(force bool) error {
+	err := s.fuse.Unmount()
+	if err == nil || !force {
+		return err
+	}
+	return Detach(s.dir)
+}
+
+// conn is what all nodes of a mount share.
+type conn struct{ log func(string) }
+
+// errno is the one place that turns errors into error numbers.
+func (c *conn) errno(err error) syscall.Errno {
+	var e syscall.Errno
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, store.ErrDamaged):
+		c.log(err.Error())
+		return syscall.EIO
+	case errors.Is(err, stdfs.ErrNotExist):
+		return syscall.ENOENT
+	case errors.Is(err, context.Canceled):
+		return syscall.EINTR
+	case errors.As(err, &e):
+		c.log(err.Error())
+		return e
+	default:
+		c.log(err.Error())
+		return syscall.EIO
+	}
+}
+
+// fill writes attributes in the form of stat(2).
+func fill(a fs.Attr, out *fuse.Attr) {
+	out.Ino = a.Inode
+	out.Size = uint64(a.Size)
+	out.Blocks = uint64(a.Blocks+511) / 512
+	out.Blksize = 128 << 10
+	out.Nlink = 1
+	out.Mode = modeOf(a.Kind)
+	switch a.Kind {
+	case fs.KindDir:
+		out.Mode |= 0o555
+		out.Nlink = 2
+	case fs.KindLink:
+		out.Mode |= 0o777
+	default:
+		out.Mode |= 0o444
+	}
+	out.SetTimes(&a.Time, &a.Time, &a.Time)
+}
+
+func modeOf(k fs.Kind) uint32 {
+	switch k {
+	case fs.KindDir:
+		return syscall.S_IFDIR
+	case fs.KindLink:
+		return syscall.S_IFLNK
+	default:
+		return syscall.S_IFREG
+	}
+}
+
+// getattr answers for every kind of node.
+func (c *conn) getattr(ctx context.Context, n fs.Node, out *fuse.AttrOut) syscall.Errno {
+	a, err := n.Attr(ctx)
+	if err != nil {
+		return c.errno(err)
+	}
+	fill(a, &out.Attr)
+	if a.Immutable {
+		out.SetTimeout(immutableTTL)
+	} else {
+		out.SetTimeout(0)
+	}
+	return 0
+}
+
+type dirNode struct {
+	gofs.Inode
+	conn *conn
+	dir  fs.Dir
+}
+
+var (
+	_ gofs.NodeLookuper  = (*dirNode)(nil)
+	_ gofs.NodeReaddirer = (*dirNode)(nil)
+	_ gofs.NodeGetattrer = (*dirNode)(nil)
+)
+
+func (n *dirNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	return n.conn.getattr(ctx, n.dir, out)
+}
+
+func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*gofs.Inode, syscall.Errno) {
+	child, err := n.dir.Lookup(ctx, name)
+	if err != nil {
+		return nil, n.conn.errno(err)
+	}
+	a, err := child.Attr(ctx)
+	if err != nil {
+		return nil, n.conn.errno(err)
+	}
+	fill(a, &out.Attr)
+	out.SetAttrTimeout(0)
+	if a.Immutable {
+		out.SetAttrTimeout(immutableTTL)
+	}
+	// An entry may be kept by the kernel only while its directory cannot change.
+	if d, err := n.dir.Attr(ctx); err == nil && d.Immutable {
+		out.SetEntryTimeout(immutableTTL)
+	}
+	var node gofs.InodeEmbedder
+	switch child := child.(type) {
+	case fs.Dir:
+		node = &dirNode{conn: n.conn, dir: child}
+	case fs.Link:
+		node = &linkNode{conn: n.conn, link: child}
+	case fs.File:
+		node = &fileNode{conn: n.conn, file: child}
+	}
+	return n.NewInode(ctx, node, gofs.StableAttr{Mode: modeOf(a.Kind), Ino: a.Inode}), 0
+}
+
+func (n *dirNode) Readdir(ctx context.Context) (gofs.DirStream, syscall.Errno) {
+	entries, err := n.dir.Entries(ctx)
+	if err != nil {
+		return nil, n.conn.errno(err)
+	}
+	list := make([]fuse.DirEntry, len(entries))
+	for i, e := range entries {
+		list[i] = fuse.DirEntry{Name: e.Name, Ino: e.Inode, Mode: modeOf(e.Kind)}
+	}
+	return gofs.NewListDirStream(list), 0
+}
+
+type linkNode struct {
+	gofs.Inode
+	conn *conn
+	link fs.Link
+}
+
+var (
+	_ gofs.NodeReadlinker = (*linkNode)(nil)
+	_ gofs.NodeGetattrer  = (*linkNode)(nil)
+)
+
+func (n *linkNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	return n.conn.getattr(ctx, n.link, out)
+}
+
+func (n *linkNode) Readlink(ctx context.Context) ([]byte, syscall.Errno) {
+	target, err := n.link.Target(ctx)
+	return []byte(target), n.conn.errno(err)
+}
+
+type fileNode struct {
+	gofs.Inode
+	conn *conn
+	file fs.File
+}
+
+var (
+	_ gofs.NodeOpener    = (*fileNode)(nil)
+	_ gofs.NodeGetattrer = (*fileNode)(nil)
+)
+
+func (n *fileNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	return n.conn.getattr(ctx, n.file, out)
+}
+
+func (n *fileNode) Open(ctx context.Context, flags uint32) (gofs.FileHandle, uint32, syscall.Errno) {
+	if flags&syscall.O_ACCMODE != syscall.O_RDONLY {
+		return nil, 0, syscall.EROFS
+	}
+	img, err := n.file.Image(ctx)
+	if err != nil {
+		return nil, 0, n.conn.errno(err)
+	}
+	return &handle{conn: n.conn, img: img}, fuse.FOPEN_KEEP_CACHE, 0
+}
+
+// handle is an open file.
+type handle struct {
+	conn *conn
+	img  fs.Image
+
+	mu   sync.Mutex // guards following
+	seek *holeCursor
+}
+
+var (
+	_ gofs.FileReader   = (*handle)(nil)
+	_ gofs.FileLseeker  = (*handle)(nil)
+	_ gofs.FileReleaser = (*handle)(nil)
+)
+
+// Read gives all bytes asked for up to the end of the file, or an error: the
+// kernel takes a short read in the middle of a file for its end.
+func (h *handle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	n, err := h.img.ReadAt(dest, off)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, h.conn.errno(err)
+	}
+	return fuse.ReadResultData(dest[:n]), 0
+}
+
+// Lseek answers SEEK_DATA and SEEK_HOLE.
+func (h *handle) Lseek(_ context.Context, off uint64, whence uint32) (uint64, syscall.Errno) {
+	size := h.img.Size()
+	if off >= uint64(size) {
+		return 0, syscall.ENXIO
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.seek == nil || int64(off) < h.seek.from {
+		if h.seek != nil {
+			h.seek.stop()
+		}
+		h.seek = newHoleCursor(h.img)
+	}
+	e, err := h.seek.at(int64(off))
+	if err != nil {
+		return 0, h.conn.errno(err)
+	}
+	switch {
+	case whence == unix.SEEK_DATA && e.Empty():
+		return 0, syscall.ENXIO
+	case whence == unix.SEEK_DATA:
+		return max(off, uint64(e.Off)), 0
+	case whence == unix.SEEK_HOLE && (e.Empty() || int64(off) < e.Off):
+		return off, 0
+	case whence == unix.SEEK_HOLE:
+		return uint64(min(e.End(), size)), 0
+	default:
+		return 0, syscall.EINVAL
+	}
+}
+
+func (h *handle) Release(context.Context) syscall.Errno {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.seek != nil {
+		h.seek.stop()
+		h.seek = nil
+	}
+	return 0
+}
+
+// holeCursor goes through the allocated ranges of a file once, as copying
+// programs ask for them, instead of from the start for each question.
+type holeCursor struct {
+	next func() (extent.Extent, error, bool)
+	stop func()
+	from int64         // questions before it need a new cursor
+	cur  extent.Extent // the range at or after from; empty when there is none
+}
+
+// holeGranularity is how finely holes are told, bytes: the smallest chunk.
+const holeGranularity = store.MinChunkSize
+
+func newHoleCursor(img fs.Image) *holeCursor {
+	c := &holeCursor{}
+	c.next, c.stop = iter.Pull2(img.Allocated(holeGranularity))
+	c.cur = extent.Extent{Len: 0}
+	return c
+}
+
+// at gives the range that holds off or the first one after it.
+func (c *holeCursor) at(off int64) (extent.Extent, error) {
+	for c.cur.End() <= off {
+		e, err, ok := c.next()
+		if err != nil {
+			return e, err
+		}
+		if !ok {
+			c.cur = extent.Extent{Off: off}
+			break
+		}
+		c.cur = e
+	}
+	c.from = off
+	return c.cur, nil
+}
+
+// Detach takes a mount out of the tree of directories at once; it ends when
+// nobody uses it any more.
+func Detach(dir string) error {
+	err := unix.Unmount(dir, unix.MNT_DETACH)
+	if errors.Is(err, unix.EPERM) {
+		return fusermount("-u", "-z", dir)
+	}
+	return err
+}
+
+// Stale reports whether dir is a mount of ours whose process is gone.
+func Stale(dir string) bool {
+	// Not stat(2): the kernel may answer that from what it has kept.
+	var st unix.Statfs_t
+	err := unix.Statfs(dir, &st)
+	return (errors.Is(err, syscall.ENOTCONN) || errors.Is(err, syscall.ECONNABORTED)) && isOurs(dir)
+}
+
+// Mounted reports whether a mount of holdfast is at dir, an absolute path without links.
+func Mounted(dir string) bool { return isOurs(dir) }
+
+// isOurs reports whether the mount at dir is one of holdfast's.
+func isOurs(dir string) bool {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(text)) {
+		// man 5 proc: fields 5 is the mount point, after " - " comes the type.
+		f := strings.Fields(line)
+		_, rest, ok := strings.Cut(line, " - ")
+		if ok && len(f) > 5 && unescape(f[4]) == dir && strings.HasPrefix(rest, "fuse.holdfast ") {
+			return true
+		}
+	}
+	return false
+}
+
+// unescape undoes the octal escapes of mountinfo.
+func unescape(s string) string {
+	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+}
