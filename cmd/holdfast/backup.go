@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/backup/imagefile"
+	"github.com/holdfast-backup/holdfast/store"
+)
+
+// summary is the last object of `backup --json`.
+type summary struct {
+	Type   string         `json:"type"` // "summary"
+	Points []summaryPoint `json:"points"`
+	Failed []summaryFail  `json:"failed"`
+	store.Stats
+}
+
+type summaryPoint struct {
+	ID   store.PointID `json:"id"`
+	VM   string        `json:"vm"`
+	Name string        `json:"name"`
+	Time time.Time     `json:"time"`
+	store.Stats
+	Consistency string   `json:"consistency"`
+	Warnings    []string `json:"warnings"`
+}
+
+type summaryFail struct {
+	VM    string `json:"vm"`
+	Error string `json:"error"`
+}
+
+// vmsOf says which files are which VM: with a name all are disks of one, without
+// each is one.
+func vmsOf(name string, files []string) ([]imagefile.VM, error) {
+	if name != "" {
+		return []imagefile.VM{{Name: name, Files: files}}, nil
+	}
+	var vms []imagefile.VM
+	seen := map[string]string{} // VM => file
+	for _, f := range files {
+		vm := imagefile.NameOf(f)
+		if other, ok := seen[vm]; ok {
+			return nil, withHint(usagef("%s and %s would both be VM %q", other, f, vm), "name the VM that they are disks of with --vm")
+		}
+		seen[vm] = f
+		vms = append(vms, imagefile.VM{Name: vm, Files: []string{f}})
+	}
+	return vms, nil
+}
+
+func runBackup(ctx context.Context, c *call) error {
+	vms, err := vmsOf(c.String("vm"), c.args)
+	if err != nil {
+		return err
+	}
+	for _, vm := range vms {
+		if err := backup.CheckName(vm.Name); err != nil {
+			return withHint(usagef("%v", err), "name the VM with --vm")
+		}
+	}
+	src := imagefile.New(vms...)
+	src.AllowOutsideBacking = c.Bool("allow-outside-backing")
+	began := time.Now()
+	sum := summary{Type: "summary", Points: []summaryPoint{}, Failed: []summaryFail{}}
+	err = c.withRepo(ctx, func(r *store.Repo) error {
+		var failures []error
+		for _, vm := range vms {
+			p, err := c.backupVM(ctx, r, src, vm.Name)
+			if err != nil && ctx.Err() != nil {
+				return err
+			}
+			if err != nil {
+				failures = append(failures, err)
+				sum.Failed = append(sum.Failed, summaryFail{vm.Name, err.Error()})
+				continue
+			}
+			sum.Points = append(sum.Points, summaryPoint{p.ID, p.VM.Name, p.Name, p.Time, p.Stats, p.Consistency, append([]string{}, p.Warnings...)})
+			sum.Stats.Add(p.Stats)
+			c.out.line("%s: %s, %s read, %s new, %s stored, in %s", p.Path(), sizeText(p.Stats.Total), sizeText(p.Stats.Read),
+				sizeText(p.Stats.New), sizeText(p.Stats.Stored), durationText(time.Duration(p.Stats.Duration*float64(time.Second))))
+		}
+		if len(failures) == 0 {
+			return nil
+		}
+		err := errors.Join(failures...)
+		if len(sum.Points) > 0 {
+			err = fmt.Errorf("%w: %d of %d VMs failed\n%w", errPartlyDone, len(failures), len(vms), err)
+		}
+		return err
+	})
+	sum.Stats.Duration = time.Since(began).Seconds()
+	if jerr := c.out.object(sum); err == nil {
+		err = jerr
+	}
+	return err
+}
+
+// backupVM makes one restore point.
+func (c *call) backupVM(ctx context.Context, r *store.Repo, src backup.Source, vm string) (p *store.Point, err error) {
+	snap, err := src.Freeze(ctx, vm)
+	if err != nil {
+		return nil, err
+	}
+	defer snap.Close()
+	var running *task
+	defer func() {
+		if running != nil {
+			running.end(err)
+		}
+	}()
+	p, err = backup.Run(ctx, r, snap, backup.Options{
+		Tags:    c.StringSlice("tag"),
+		Full:    c.Bool("full"),
+		Program: programVersion(),
+		Start: func(vm, disk string, total int64) backup.Meter {
+			if running != nil {
+				running.end(nil)
+			}
+			running = c.progress.task(vm+"/"+disk, "new", total)
+			return backup.Meter{Done: running.add, New: running.count}
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range p.Warnings {
+		c.progress.warn("%s: %s", p.Path(), w)
+	}
+	return p, nil
+}

@@ -1,0 +1,170 @@
+package main
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+)
+
+// commands is the command table: the one place that says which commands there
+// are, what they take and what runs them. Flags and argument counts are a stable
+// contract.
+func commands() []command {
+	files := words{files: true}
+	all := []command{
+		{
+			name: "init", usage: "REPO [--chunk-size 128K] [--no-encryption]",
+			short: "make a repository",
+			long:  "REPO is a directory that does not exist yet, or an empty one.",
+			min:   1, max: 1, completes: files,
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "chunk-size", Value: "128K",
+					Usage: "`SIZE` of a chunk, a power of two from 64K to 4M; for good"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "no-encryption", Usage: "store everything in the clear; for good"},
+			},
+			needs: needConfig,
+			check: func(c *call) error { _, err := chunkSize(c.String("chunk-size")); return err },
+			run:   runInit,
+		},
+		{
+			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--full] [--allow-outside-backing]",
+			short: "back up disk image files",
+			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
+				"Files are raw or qcow2, told by their first bytes; one that ends in .raw is raw.",
+			min: 1, max: -1, completes: files,
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "vm", Usage: "`NAME` of the VM that the disks belong to"},
+				&cli.StringSliceFlag{Name: "tag", Usage: "`TEXT` to keep with the restore point; may be repeated"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "full", Usage: "read everything, whatever the last restore point says"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "allow-outside-backing",
+					Usage: "follow backing file names that are absolute or lead out of the image's directory"},
+			},
+			needs: needRepository, run: runBackup,
+		},
+		{
+			name: "points", usage: "[VM]", short: "list restore points",
+			max: 1, needs: needRepository, run: runPoints,
+		},
+		{
+			name: "show", usage: "POINT", short: "show all about one restore point",
+			long: pointHelp,
+			min:  1, max: 1, needs: needRepository, run: runShow,
+		},
+		{
+			name: "ls", usage: "[PATH] [-l]", short: "list what restore points hold",
+			long: "PATH is VM/POINT/..., as a mount shows it; without it, the VMs.",
+			max:  1,
+			flags: []cli.Flag{
+				&cli.BoolFlag{DisableDefaultText: true, Name: "long", Aliases: []string{"l"}, Usage: "sizes and times, too"},
+			},
+			needs: needRepository, run: runLs,
+		},
+		{
+			name: "cp", usage: "PATH... DEST", short: "copy files out of restore points",
+			long: "PATH is VM/POINT/..., as ls shows it; DEST is a file or a directory.",
+			min:  2, max: -1, completes: files,
+			needs: needRepository, run: runCp,
+		},
+		{
+			name:  "restore",
+			usage: "POINT (--to DIR [--format raw|qcow2|vmdk|vhdx] [--disk disk0] | --onto FILE --disk disk0)",
+			short: "write the disks of a restore point",
+			long:  pointHelp,
+			min:   1, max: 1,
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "to", TakesFile: true, Usage: "`DIR` for one new file per disk"},
+				&cli.StringFlag{Name: "onto", TakesFile: true, Usage: "`FILE` or device to write onto, only where it differs"},
+				newChoiceFlag("format", "`FORMAT` of the new files", "raw", "qcow2", "vmdk", "vhdx"),
+				&cli.StringFlag{Name: "disk", Usage: "only this `DISK` of the point, such as disk0"},
+			},
+			needs: needRepository, check: checkRestore, run: runRestore,
+		},
+		{
+			name: "mount", usage: "DIR [--allow-other] [--background]",
+			short: "show all restore points as files",
+			long:  "It runs until umount, SIGINT or SIGTERM.",
+			min:   1, max: 1, completes: files,
+			flags: []cli.Flag{
+				&cli.BoolFlag{DisableDefaultText: true, Name: "allow-other", Usage: "let other users read the mount"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "background", Usage: "return as soon as the mount can be used"},
+			},
+			needs: needRepository, run: runMount,
+		},
+		{
+			name: "umount", usage: "DIR", short: "end a mount",
+			min: 1, max: 1, completes: files, run: runUmount,
+		},
+		{
+			name: "verify", usage: "[POINT...] [--read-data]",
+			short: "look for damage",
+			long:  "Without POINT, all of the repository. Damage ends with exit code 4.",
+			max:   -1,
+			flags: []cli.Flag{
+				&cli.BoolFlag{DisableDefaultText: true, Name: "read-data", Usage: "read and check every byte, not only that it is there"},
+			},
+			needs: needRepository, run: runVerify,
+		},
+		{
+			name: "stats", short: "show what the repository holds and saves",
+			needs: needRepository, run: runStats,
+		},
+		{
+			name: "completion", usage: "bash|zsh|fish", short: "write completion for a shell",
+			long: "For example: source <(holdfast completion bash)",
+			min:  1, max: 1, completes: words{list: shells()}, run: runCompletion,
+		},
+		{name: "version", short: "show the version", run: runVersion},
+		{name: "help", usage: "[COMMAND]", short: "show help", max: 1, run: runHelp},
+	}
+	var names []string
+	for _, c := range all {
+		names = append(names, c.name)
+	}
+	all[len(all)-1].completes = words{list: names}
+	return all
+}
+
+const pointHelp = "POINT is VM/TIME, VM/latest, VM/2026-11-20 (the last one that day), or an id of at least 6 digits."
+
+// words is what a shell offers while a value is typed.
+type words struct {
+	files bool
+	list  []string
+}
+
+// choiceFlag is a flag that takes one of a few words.
+type choiceFlag struct {
+	*cli.StringFlag
+	choices []string // the first is the default
+}
+
+// newChoiceFlag makes a flag whose default is the first of choices.
+func newChoiceFlag(name, usage string, choices ...string) *choiceFlag {
+	return &choiceFlag{choices: choices, StringFlag: &cli.StringFlag{
+		Name: name, Value: choices[0],
+		Usage: usage + ": " + strings.Join(choices, ", "),
+		Action: func(_ *cli.Context, value string) error {
+			if slices.Contains(choices, value) {
+				return nil
+			}
+			return withHint(usagef("--%s: unknown value %q", name, value), "choose one of %s", strings.Join(choices, ", "))
+		},
+	}}
+}
+
+// checkRestore refuses flags that contradict each other.
+func checkRestore(c *call) error {
+	to, onto := c.String("to") != "", c.String("onto") != ""
+	switch {
+	case to && onto:
+		return usagef("restore: --to and --onto exclude each other")
+	case !to && !onto:
+		return usagef("restore: where to? --to or --onto is missing")
+	case onto && c.String("disk") == "":
+		return usagef("restore: --onto needs --disk")
+	case onto && c.IsSet("format"):
+		return usagef("restore: --onto writes raw bytes and takes no --format")
+	}
+	return nil
+}

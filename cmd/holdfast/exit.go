@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/fs/vdisk"
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
+)
+
+// Exit codes, a contract that scripts build on. 2 is left out because shells
+// and the Go runtime use it for their own failures.
+const (
+	exitOK           = 0
+	exitFailed       = 1   // nothing more specific below fits
+	exitPartly       = 3   // some of the work was done, the rest failed
+	exitDamage       = 4   // the repository or a point has damaged bytes
+	exitNoRepository = 10  // the path holds no repository
+	exitLocked       = 11  // another process holds what is needed
+	exitAccess       = 12  // the password is missing or wrong
+	exitUsage        = 64  // the command line or the config file is wrong; nothing was touched
+	exitInterrupted  = 130 // SIGINT or SIGTERM
+)
+
+// What a command returns, wrapped or as it is, to end with the code of the same name.
+var (
+	errPartlyDone  = errors.New("partly done")
+	errDamageFound = errors.New("damage found")
+	errInterrupted = errors.New("interrupted")
+)
+
+// failure says how errors of one kind end the program.
+type failure struct {
+	is   func(error) bool
+	code int
+	hint string // shown when the error carries none of its own; may be empty
+}
+
+// failures lists every kind of error with an exit code of its own. The first
+// match wins, all others are exitFailed. Errors of other packages that users
+// can act on belong here and nowhere else.
+func failures() []failure {
+	return []failure{
+		{isAny(errInterrupted, context.Canceled), exitInterrupted, ""},
+		{isAny(errDamageFound), exitDamage, ""},
+		{isAny(errPartlyDone), exitPartly, ""},
+		{isType[*usageError], exitUsage, "see 'holdfast help'"},
+		{isType[*configError], exitUsage, ""},
+		{isType[*accessError], exitAccess, ""},
+		{isAny(store.ErrPassphrase), exitAccess, ""},
+		{isAny(store.ErrNoRepository), exitNoRepository, "'holdfast init DIR' makes a repository"},
+		{isAny(store.ErrLocked), exitLocked, "end the process that holds it, or wait for it"},
+		{isAny(store.ErrNewerFormat), exitFailed, "use a newer holdfast"},
+		{isAny(store.ErrDamaged), exitDamage, "'holdfast verify --read-data' lists all damage"},
+		{isAny(store.ErrAmbiguous), exitFailed, "give more digits of the id"},
+		{isAny(bucket.ErrFull), exitFailed, "free some space; what was stored so far is found again by the next run"},
+		{isAny(bucket.ErrReadOnly), exitFailed, "the repository cannot be written: check its mount and its owner"},
+		{isAny(backup.ErrTargetExists), exitFailed, "nothing is overwritten: name another place, or restore --onto it"},
+		{isAny(vdisk.ErrRefused), exitFailed, "if you trust the image, use --allow-outside-backing"},
+	}
+}
+
+// isAny matches errors that wrap one of the sentinels.
+func isAny(sentinels ...error) func(error) bool {
+	return func(err error) bool {
+		for _, s := range sentinels {
+			if errors.Is(err, s) {
+				return true
+			}
+		}
+		return false
+	}
+}
+
+// isType matches errors that wrap a T.
+func isType[T error](err error) bool {
+	_, ok := errors.AsType[T](err)
+	return ok
+}
+
+// explain maps an error to the exit code and to the text that a user sees. The
+// hint nearest to the surface of err wins over the one of the table.
+func explain(err error) (code int, message, hint string) {
+	if err == nil {
+		return exitOK, "", ""
+	}
+	code, message = exitFailed, err.Error()
+	for _, f := range failures() {
+		if f.is(err) {
+			code, hint = f.code, f.hint
+			break
+		}
+	}
+	if e, ok := errors.AsType[*exitError](err); ok {
+		code = e.code
+	}
+	if h, ok := errors.AsType[*hinted](err); ok {
+		hint = h.hint
+	}
+	if code == exitInterrupted {
+		// "context canceled" means nothing to a user who pressed Ctrl-C.
+		message = errInterrupted.Error()
+	}
+	return code, message, hint
+}
+
+// report prints err for a user and returns the exit code. Every line of a
+// message gets the prefix, so that logs of several programs can be told apart.
+func report(w io.Writer, err error) int {
+	code, message, hint := explain(err)
+	if err == nil {
+		return code
+	}
+	for line := range strings.Lines(message) {
+		fmt.Fprintf(w, "holdfast: %s\n", printable(strings.TrimSuffix(line, "\n")))
+	}
+	if hint != "" {
+		fmt.Fprintf(w, "hint: %s\n", printable(hint))
+	}
+	return code
+}
+
+// hinted is an error and what its user can do about it.
+type hinted struct {
+	err  error
+	hint string
+}
+
+func (h *hinted) Error() string { return h.err.Error() }
+func (h *hinted) Unwrap() error { return h.err }
+
+// withHint adds to err what its user can do about it.
+func withHint(err error, format string, a ...any) error {
+	return &hinted{err, fmt.Sprintf(format, a...)}
+}
+
+// usageError is a command line that does not say anything that can be done.
+type usageError struct{ message string }
+
+func (e *usageError) Error() string { return e.message }
+
+func usagef(format string, a ...any) error {
+	return &usageError{fmt.Sprintf(format, a...)}
+}
+
+// accessError is a password that could not be had or was not accepted.
+type accessError struct{ err error }
+
+func (e *accessError) Error() string { return e.err.Error() }
+func (e *accessError) Unwrap() error { return e.err }
+
+// interruptible returns a context that the first SIGINT or SIGTERM cancels, with
+// errInterrupted as its cause. A second signal calls kill at once: clean-up that
+// hangs must not hold the user. stop gives the signals back and may be called twice.
+func interruptible(parent context.Context, kill func(code int)) (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(parent)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	done := make(chan struct{})
+	go func() {
+		select {
+		case <-signals:
+			cancel(errInterrupted)
+		case <-done:
+			return
+		}
+		select {
+		case <-signals:
+			kill(exitInterrupted)
+		case <-done:
+		}
+	}()
+	return ctx, sync.OnceFunc(func() {
+		signal.Stop(signals)
+		close(done)
+		cancel(nil)
+	})
+}
+
+// interruption turns whatever error a cancelled run ended with into an
+// interruption: "write: broken pipe" after Ctrl-C is no failure of its own. A run
+// that ended without an error despite the signal, as a mount does, stays a success.
+func interruption(ctx context.Context, err error) error {
+	if err == nil || !errors.Is(context.Cause(ctx), errInterrupted) || errors.Is(err, errInterrupted) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errInterrupted, err)
+}

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/term"
+)
+
+// maxPassword bounds a password file, so that a wrong path, such as that of a
+// disk, is refused instead of read. 64 KiB
+const maxPassword = 64 << 10
+
+// password returns the password of an existing repository. It looks at, in this
+// order: --password-file or HOLDFAST_PASSWORD_FILE, HOLDFAST_PASSWORD, the
+// password_file of the config, a prompt. The first that is set decides, even if
+// it turns out to be unusable: falling through would try a password that was not
+// meant. Errors are accessErrors, or the context's.
+func (c *call) password(ctx context.Context) ([]byte, error) {
+	return c.findPassword(ctx, false)
+}
+
+// newPassword is password for a repository that is about to be made: a prompt
+// asks twice.
+func (c *call) newPassword(ctx context.Context) ([]byte, error) {
+	return c.findPassword(ctx, true)
+}
+
+func (c *call) findPassword(ctx context.Context, twice bool) ([]byte, error) {
+	if c.passwordFile != "" {
+		return c.passwordFrom(c.passwordFile)
+	}
+	// Set but empty is what "HOLDFAST_PASSWORD= holdfast …" and unset secrets
+	// of CI systems leave behind: nothing was given.
+	if p := os.Getenv("HOLDFAST_PASSWORD"); p != "" {
+		return []byte(p), nil
+	}
+	if c.cfg.repository.passwordFile != "" {
+		return c.passwordFrom(c.cfg.repository.passwordFile)
+	}
+	if c.stdin == nil || !term.IsTerminal(int(c.stdin.Fd())) {
+		return nil, withHint(&accessError{errors.New("no password given and no terminal to ask on")},
+			"use --password-file FILE or HOLDFAST_PASSWORD_FILE")
+	}
+	p, err := c.prompt(ctx, "Password: ")
+	if err != nil || !twice {
+		return p, err
+	}
+	again, err := c.prompt(ctx, "The same again: ")
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(p, again) {
+		return nil, &accessError{errors.New("the two passwords differ")}
+	}
+	return p, nil
+}
+
+// passwordFrom reads a password file and warns of one that others can read.
+func (c *call) passwordFrom(path string) ([]byte, error) {
+	p, open, err := readPasswordFile(path)
+	if err != nil {
+		return nil, &accessError{fmt.Errorf("password file: %w", err)}
+	}
+	if open {
+		c.progress.warn("password file %s can be read by others; chmod 600 it", path)
+	}
+	return p, nil
+}
+
+// readPasswordFile returns the content of the file without one newline, "\n" or
+// "\r\n", at its end: editors add it, and nobody types it. open reports that the
+// group or all may read the file; a pipe is never open.
+func readPasswordFile(path string) (password []byte, open bool, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, false, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, false, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxPassword+1))
+	if err != nil {
+		return nil, false, err
+	}
+	if len(b) > maxPassword {
+		return nil, false, fmt.Errorf("%s: larger than %s", path, sizeText(maxPassword))
+	}
+	if line, ok := bytes.CutSuffix(b, []byte("\n")); ok {
+		b = bytes.TrimSuffix(line, []byte("\r"))
+	}
+	if len(b) == 0 {
+		return nil, false, fmt.Errorf("%s: empty", path)
+	}
+	return b, info.Mode().IsRegular() && info.Mode().Perm()&0o044 != 0, nil
+}
+
+// prompt asks on the terminal without echo.
+func (c *call) prompt(ctx context.Context, question string) ([]byte, error) {
+	fd := int(c.stdin.Fd())
+	state, err := term.GetState(fd)
+	if err != nil {
+		return nil, &accessError{fmt.Errorf("ask for the password: %w", err)}
+	}
+	fmt.Fprint(c.stderr, question)
+	type answer struct {
+		password []byte
+		err      error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		p, err := term.ReadPassword(fd)
+		answered <- answer{p, err}
+	}()
+	var a answer
+	select {
+	case a = <-answered:
+		fmt.Fprintln(c.stderr)
+	case <-ctx.Done():
+		// The read cannot be cancelled and ends with the process. The echo is
+		// given back here, as the process may end first.
+		_ = term.Restore(fd, state)
+		fmt.Fprintln(c.stderr)
+		return nil, context.Cause(ctx)
+	}
+	if a.err != nil && !errors.Is(a.err, io.EOF) {
+		return nil, &accessError{fmt.Errorf("ask for the password: %w", a.err)}
+	}
+	if len(a.password) == 0 {
+		return nil, &accessError{errors.New("no password typed")}
+	}
+	if len(a.password) > maxPassword {
+		return nil, &accessError{errors.New("password too long")}
+	}
+	return a.password, nil
+}

@@ -1,0 +1,99 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/holdfast-backup/holdfast/store"
+)
+
+func runPoints(ctx context.Context, c *call) error {
+	return c.withRepo(ctx, func(r *store.Repo) error {
+		list, err := r.Points(ctx)
+		if err != nil {
+			return err
+		}
+		if len(c.args) == 1 {
+			vm := c.args[0]
+			if list, err = r.PointsOf(ctx, vm); err != nil {
+				return err
+			}
+			if len(list) == 0 {
+				return withHint(fmt.Errorf("no VM %q: %w", vm, store.ErrNotExist), "'holdfast points' lists all")
+			}
+		}
+		t := newTable("POINT", "ID", ">SIZE", ">NEW", ">STORED", "TAGS", "")
+		for _, s := range list {
+			note := ""
+			switch {
+			case s.Damaged != "":
+				note = "DAMAGED: " + s.Damaged
+			case s.Warnings > 0:
+				note = fmt.Sprintf("%d warnings", s.Warnings)
+			}
+			t.row(s.Path(), s.ID.String()[:12], sizeText(s.Total), sizeText(s.New), sizeText(s.Stored), strings.Join(s.Tags, ","), note)
+			if err := c.out.object(struct {
+				Type string `json:"type"`
+				store.Summary
+			}{"point", s}); err != nil {
+				return err
+			}
+		}
+		if len(t.rows) > 0 {
+			c.out.table(t)
+		}
+		return nil
+	})
+}
+
+func runShow(ctx context.Context, c *call) error {
+	return c.withRepo(ctx, func(r *store.Repo) error {
+		p, err := findPoint(ctx, r, c.args[0])
+		if err != nil {
+			return err
+		}
+		fields := [][2]string{
+			{"point", p.Path()},
+			{"id", p.ID.String()},
+			{"time", timeText(p.Time)},
+			{"source", p.VM.Source},
+			{"consistency", p.Consistency},
+		}
+		if len(p.Tags) > 0 {
+			fields = append(fields, [2]string{"tags", strings.Join(p.Tags, ", ")})
+		}
+		fields = append(fields,
+			[2]string{"size", fmt.Sprintf("%s, %s of data", sizeText(p.Stats.Total), sizeText(p.Stats.Data))},
+			[2]string{"read", sizeText(p.Stats.Read)},
+			[2]string{"new", fmt.Sprintf("%s, %s stored", sizeText(p.Stats.New), sizeText(p.Stats.Stored))},
+			[2]string{"took", fmt.Sprintf("%.1fs", p.Stats.Duration)},
+		)
+		for _, w := range p.Warnings {
+			fields = append(fields, [2]string{"warning", w})
+		}
+		c.out.fields(fields...)
+		t := newTable("DISK", "KEY", ">SIZE", ">DATA", ">NEW", "READ")
+		for _, d := range p.Disks {
+			t.row(d.Name, d.Key, sizeText(d.Size), sizeText(d.Stats.Data), sizeText(d.Stats.New), d.Read)
+		}
+		c.out.line("")
+		c.out.table(t)
+		for _, f := range p.Config {
+			c.out.line("config/%s  %s", f.Name, sizeText(f.Size))
+		}
+		return c.out.object(struct {
+			Type string `json:"type"`
+			*store.Point
+		}{"point", p})
+	})
+}
+
+// findPoint resolves a point's name and reads its manifest.
+func findPoint(ctx context.Context, r *store.Repo, ref string) (*store.Point, error) {
+	s, err := r.Find(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return r.Point(ctx, s.ID)
+}

@@ -1,0 +1,175 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
+	"github.com/holdfast-backup/holdfast/store/remote"
+)
+
+// open opens the repository of the call. The caller closes it.
+func (c *call) open(ctx context.Context) (*store.Repo, error) {
+	b, err := openBucket(c.repo)
+	if err != nil {
+		return nil, err
+	}
+	r, err := store.Open(ctx, b, remote.Index(c.repo), store.OpenOptions{
+		Passphrase: func() ([]byte, error) { return c.password(ctx) },
+		Warn:       func(text string) { c.progress.warn("%s", text) },
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", c.repo, err)
+	}
+	if n, err := b.CleanTemp(); n > 0 {
+		c.progress.detail("removed %d unfinished objects of a run that was killed", n)
+	} else if err != nil {
+		c.progress.detail("unfinished objects stay: %v", err)
+	}
+	return r, nil
+}
+
+// openBucket opens the directory of a repository; one that is missing or no
+// directory is no repository.
+func openBucket(dir string) (*bucket.Local, error) {
+	st, err := os.Stat(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR), err == nil && !st.IsDir():
+		return nil, fmt.Errorf("%s: %w", dir, store.ErrNoRepository)
+	case err != nil:
+		return nil, err
+	}
+	return bucket.OpenLocal(dir)
+}
+
+// withRepo opens the repository, runs fn and closes it.
+func (c *call) withRepo(ctx context.Context, fn func(*store.Repo) error) (err error) {
+	r, err := c.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if cerr := r.Close(); err == nil && cerr != nil {
+			err = fmt.Errorf("close %s: %w", c.repo, cerr)
+		}
+	}()
+	return fn(r)
+}
+
+// leftovers are the names that an interrupted init may leave in its directory;
+// whether a config.copy is all that there is of a repository, store.Init looks.
+var leftovers = map[string]bool{"tmp": true, "config.copy": true}
+
+func runInit(ctx context.Context, c *call) error {
+	dir := c.args[0]
+	size, err := chunkSize(c.String("chunk-size"))
+	if err != nil {
+		return err
+	}
+	if err := fitForRepository(dir); err != nil {
+		return err
+	}
+	opt := store.InitOptions{ChunkSize: size, NoEncryption: c.Bool("no-encryption")}
+	if !opt.NoEncryption {
+		if opt.Passphrase, err = c.newPassword(ctx); err != nil {
+			return err
+		}
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	b, err := bucket.OpenLocal(dir)
+	if err != nil {
+		return err
+	}
+	if _, err := b.CleanTemp(); err != nil {
+		return err
+	}
+	if err := store.Init(ctx, b, opt, time.Now()); err != nil {
+		return fmt.Errorf("init %s: %w", dir, err)
+	}
+	c.out.line("repository %s made: chunks of %s, %s", dir, sizeText(int64(size)), encryptionText(!opt.NoEncryption))
+	if !opt.NoEncryption {
+		c.progress.note("without its password nobody can read this repository: keep it in a second place")
+	}
+	return c.out.object(struct {
+		Type      string `json:"type"`
+		Path      string `json:"path"`
+		ChunkSize int    `json:"chunk_size"`
+		Encrypted bool   `json:"encrypted"`
+	}{"init", dir, size, !opt.NoEncryption})
+}
+
+func encryptionText(on bool) string {
+	if on {
+		return "encrypted"
+	}
+	return "NOT encrypted"
+}
+
+// fitForRepository refuses directories that hold something else. What an init
+// that was killed left is nothing.
+func fitForRepository(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if errors.Is(err, syscall.ENOTDIR) {
+		return fmt.Errorf("%s %w and is no directory", dir, store.ErrExists)
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		switch {
+		case e.Name() == "config":
+			return withHint(fmt.Errorf("a repository %w in %s", store.ErrExists, dir), "use it with -r %s", dir)
+		case !leftovers[e.Name()]:
+			return withHint(fmt.Errorf("%s is not empty: %q %w", dir, e.Name(), store.ErrExists), "name a directory that is empty or not there yet")
+		}
+	}
+	return nil
+}
+
+func runStats(ctx context.Context, c *call) error {
+	return c.withRepo(ctx, func(r *store.Repo) error {
+		s, err := r.Stats(ctx)
+		if err != nil {
+			return err
+		}
+		ratio := "-"
+		if s.Stored > 0 {
+			ratio = fmt.Sprintf("%.1f", float64(s.Total)/float64(s.Stored))
+		}
+		path, err := filepath.Abs(c.repo)
+		if err != nil {
+			path = c.repo
+		}
+		c.out.fields(
+			[2]string{"repository", path},
+			[2]string{"id", r.ID()},
+			[2]string{"created", timeText(r.Created())},
+			[2]string{"chunk size", sizeText(int64(r.ChunkSize()))},
+			[2]string{"encryption", encryptionText(r.Encrypted())},
+			[2]string{"VMs", fmt.Sprint(s.VMs)},
+			[2]string{"restore points", fmt.Sprint(s.Points)},
+			[2]string{"all points together", sizeText(s.Total)},
+			[2]string{"stored", fmt.Sprintf("%s in %d packs", sizeText(s.Stored), s.Packs)},
+			[2]string{"ratio", ratio},
+		)
+		return c.out.object(struct {
+			Type      string `json:"type"`
+			ID        string `json:"id"`
+			ChunkSize int    `json:"chunk_size"`
+			Encrypted bool   `json:"encrypted"`
+			store.RepoStats
+		}{"stats", r.ID(), r.ChunkSize(), r.Encrypted(), s})
+	})
+}
