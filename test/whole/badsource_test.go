@@ -1,0 +1,222 @@
+package whole
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// badSources are disks that a backup must refuse, and what it says of them.
+var badSources = []struct {
+	name string
+	says string // besides the file's name
+	make func(t *testing.T, dir string) (file string)
+}{
+	{"missing", "no such file", func(t *testing.T, dir string) string { return dir + "/missing.raw" }},
+	{"below a file", "not a directory", func(t *testing.T, dir string) string {
+		return newRaw(t, dir+"/file", 5).file + "/bad.raw"
+	}},
+	{"directory", "neither a file nor a block device", func(t *testing.T, dir string) string {
+		return mkdir(t, dir+"/bad.raw")
+	}},
+	{"fifo", "neither a file nor a block device", func(t *testing.T, dir string) string {
+		if err := syscall.Mkfifo(dir+"/bad.raw", 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return dir + "/bad.raw"
+	}},
+	{"character device", "neither a file nor a block device", func(t *testing.T, dir string) string {
+		return symlink(t, "/dev/zero", dir+"/bad.raw")
+	}},
+	{"dangling link", "no such file", func(t *testing.T, dir string) string {
+		return symlink(t, "nowhere", dir+"/bad.raw")
+	}},
+	{"qcow2 cut in its header", "", cutQCOW2(50)},
+	{"qcow2 cut in its tables", "", cutQCOW2(70_000)},
+	{"qcow2 cut in its data", "", cutQCOW2(1 << 20)},
+	{"qcow2 of only a magic", "", func(t *testing.T, dir string) string {
+		return write(t, dir+"/bad.qcow2", "QFI\xfb")
+	}},
+	{"qcow2 over itself", "own chain", func(t *testing.T, dir string) string {
+		return backed(t, dir, "bad.qcow2", "bad.qcow2", "qcow2")
+	}},
+	{"qcow2 in a loop of three", "own chain", func(t *testing.T, dir string) string {
+		backed(t, dir, "b.qcow2", "c.qcow2", "qcow2")
+		backed(t, dir, "c.qcow2", "bad.qcow2", "qcow2")
+		return backed(t, dir, "bad.qcow2", "b.qcow2", "qcow2")
+	}},
+	{"qcow2 without its backing file", "no such file", func(t *testing.T, dir string) string {
+		return backed(t, dir, "bad.qcow2", "lost.raw", "raw")
+	}},
+	{"qcow2 over an absolute name", "/etc/passwd", func(t *testing.T, dir string) string {
+		return backed(t, dir, "bad.qcow2", "/etc/passwd", "raw")
+	}},
+	{"qcow2 over a name outside", "../", func(t *testing.T, dir string) string {
+		newRaw(t, dir+"/outside.raw", 1<<20, piece{0, 512})
+		return backed(t, mkdir(t, dir+"/in"), "bad.qcow2", "../outside.raw", "raw")
+	}},
+	{"qcow2 over a link that leads outside", "link.raw", func(t *testing.T, dir string) string {
+		symlink(t, "/etc/passwd", dir+"/link.raw")
+		return backed(t, dir, "bad.qcow2", "link.raw", "raw")
+	}},
+	{"qcow2 over a protocol", "nbd:", func(t *testing.T, dir string) string {
+		return backed(t, dir, "bad.qcow2", "nbd:127.0.0.1:10809", "raw")
+	}},
+	{"qcow2 over a fifo", "", func(t *testing.T, dir string) string {
+		if err := syscall.Mkfifo(dir+"/fifo", 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return backed(t, dir, "bad.qcow2", "fifo", "raw")
+	}},
+	{"qcow2 encrypted", "encrypt", func(t *testing.T, dir string) string {
+		needs(t, "qemu-img")
+		tool(t, "qemu-img", "create", "-q", "--object", "secret,id=s,data=x", "-f", "qcow2",
+			"-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", dir+"/bad.qcow2", "1M")
+		return dir + "/bad.qcow2"
+	}},
+}
+
+// cutQCOW2 makes a qcow2 file that ends after n bytes.
+func cutQCOW2(n int64) func(t *testing.T, dir string) string {
+	return func(t *testing.T, dir string) string {
+		needs(t, "qemu-img")
+		d := newRaw(t, dir+"/whole.raw", 4<<20, piece{0, 4 << 20})
+		tool(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", d.file, dir+"/bad.qcow2")
+		if err := os.Truncate(dir+"/bad.qcow2", n); err != nil {
+			t.Fatal(err)
+		}
+		return dir + "/bad.qcow2"
+	}
+}
+
+// backed makes a qcow2 with whatever backing name, existing or not.
+func backed(t *testing.T, dir, name, backing, format string) string {
+	t.Helper()
+	needs(t, "qemu-img")
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", format, dir+"/"+name, "1M")
+	return dir + "/" + name
+}
+
+func mkdir(t *testing.T, dir string) string {
+	t.Helper()
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func symlink(t *testing.T, to, file string) string {
+	t.Helper()
+	if err := os.Symlink(to, file); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+func write(t *testing.T, file, text string) string {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// TestBadSource: each bad disk ends with exit 1 and a message that names it, and
+// leaves no point; beside a good one, that is backed up and the end is exit 3.
+func TestBadSource(t *testing.T) {
+	needs(t)
+	t.Parallel()
+	r, k := newKept(t)
+	all := []kept{k}
+	for i, s := range badSources {
+		t.Run(s.name, func(t *testing.T) {
+			file := s.make(t, newDir(t))
+			res := r.wants(t, 1, s.says, "backup", file)
+			if !strings.Contains(res.err, file) {
+				t.Errorf("the message does not name %s:\n%s", file, res.err)
+			}
+			r.intact(t, all...)
+			if i%4 != 0 {
+				return // the rest is the same for all
+			}
+			r.wants(t, 1, s.says, "backup", "--vm", "both", k.copy, file)
+			r.intact(t, all...)
+			res = r.wants(t, 3, "partly done: 1 of 2 VMs failed", "backup", "--json", file, k.copy)
+			points := summaryOf(res.out)
+			if len(points) != 1 {
+				t.Fatalf("%d points:\n%s", len(points), res.out)
+			}
+			all = append(all, kept{points[0], k.copy})
+			r.intact(t, all...)
+		})
+	}
+}
+
+// TestTrustedBacking: what is refused by default works when asked for.
+func TestTrustedBacking(t *testing.T) {
+	needs(t, "qemu-img")
+	t.Parallel()
+	dir := newDir(t)
+	newRaw(t, dir+"/base.raw", 1<<20, piece{0, 99_999})
+	r := newRepository(t)
+	k := kept{copy: dir + "/base.raw"}
+	k.point, _ = r.backup(t, "--allow-outside-backing", backed(t, mkdir(t, dir+"/in"), "top.qcow2", dir+"/base.raw", "raw"))
+	r.intact(t, k)
+}
+
+// unprivileged makes the program run as another user from now on, who owns the
+// repository.
+func (r *repository) unprivileged(t *testing.T) {
+	t.Helper()
+	needs(t, "root", "setpriv")
+	tool(t, "chown", "-R", "65534:65534", filepath.Dir(r.dir))
+	r.as = []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"}
+}
+
+// TestUnreadable: a user who may not read the disk is told so.
+func TestUnreadable(t *testing.T) {
+	needs(t)
+	t.Parallel()
+	r, k := newKept(t)
+	r.unprivileged(t)
+	dir := newDir(t)
+	secret := newText(t, dir+"/secret.raw", 2, 1<<20).file
+	for _, mode := range []os.FileMode{0o600, 0o000, 0o200} {
+		if err := os.Chmod(secret, mode); err != nil {
+			t.Fatal(err)
+		}
+		r.wants(t, 1, secret+": permission denied", "backup", secret)
+	}
+	if err := os.Chmod(secret, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for what, make := range map[string]func(){
+		"qcow2":            func() { newCompressed(t, dir+"/a.qcow2", "compat=1.1") },
+		"its backing file": func() { newRaw(t, dir+"/base.raw", 1<<20) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			needs(t, "qemu-img")
+			make()
+			top, denied := dir+"/a.qcow2", dir+"/a.qcow2"
+			if what != "qcow2" {
+				top, denied = backed(t, dir, "top.qcow2", "base.raw", "raw"), "base.raw"
+			}
+			if err := os.Chmod(filepath.Join(dir, filepath.Base(denied)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			res := r.wants(t, 1, "permission denied", "backup", top)
+			if !strings.Contains(res.err, denied) {
+				t.Errorf("the message does not name %s:\n%s", denied, res.err)
+			}
+		})
+	}
+	// A folder that may not be entered.
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r.wants(t, 1, fmt.Sprintf("%s: permission denied", secret), "backup", secret)
+	r.intact(t, k)
+}
