@@ -252,6 +252,30 @@ func TestShrinkingDisk(t *testing.T) {
 	}
 }
 
+// TestFailureStaysAlone: runs that fail at any moment do not make later runs with
+// the same open repository fail, nor leave them without a chunk.
+func TestFailureStaysAlone(t *testing.T) {
+	b, repo := newRepo(t, store.InitOptions{ChunkSize: 64 << 10})
+	rnd := rand.New(rand.NewPCG(7, 7))
+	for i := range 60 {
+		data := make([]byte, 3<<20)
+		mutate(rnd, data, 30)
+		bad := &memDisk{key: "a", data: data, short: 1 + rnd.Int64N(3<<20)}
+		if _, err := backup.Run(t.Context(), repo, &memSnapshot{name: "bad", disks: []*memDisk{bad}}, backup.Options{}); err == nil {
+			t.Fatal("no error")
+		}
+		if i%6 > 0 {
+			continue
+		}
+		good := &memDisk{key: "a", data: data}
+		p, err := backup.Run(t.Context(), repo, &memSnapshot{name: "good", disks: []*memDisk{good}}, backup.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantDisk(t, openRepo(t, b), p, "disk0", data)
+	}
+}
+
 // TestCancelled: a cancelled run leaves no point, and the next one finds its chunks.
 func TestCancelled(t *testing.T) {
 	_, repo := newRepo(t, store.InitOptions{})

@@ -155,7 +155,8 @@ func (p *packer) start(ctx context.Context) error {
 	if _, err := rand.Read(c.id[:]); err != nil {
 		return err
 	}
-	w, err := p.repo.bucket.Create(ctx, packName(c.id))
+	// The pack is everybody's: the draft that happens to begin it may be cancelled.
+	w, err := p.repo.bucket.Create(context.WithoutCancel(ctx), packName(c.id))
 	if err != nil {
 		return fmt.Errorf("store: new pack: %w", err)
 	}
