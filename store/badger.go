@@ -261,27 +261,10 @@ func (x *badgerIndex) Lookup(_ context.Context, ids []ID, locs []Loc) error {
 }
 
 func (x *badgerIndex) AddPack(_ context.Context, pack PackInfo, recs []PackRecord) error {
-	x.mu.Lock()
-	if _, ok := x.numbers[pack.ID]; ok {
-		x.mu.Unlock()
-		return nil
+	n, err := x.takeNumber(pack.ID)
+	if n == 0 || err != nil {
+		return err
 	}
-	if err := x.markDirty(); err != nil {
-		x.mu.Unlock()
-		return x.wrote(err)
-	}
-	n := x.next
-	x.next++
-	x.mu.Unlock()
-	// A number is used up before anything refers to it: after a crash in between no
-	// other pack may come to own these entries.
-	err := x.db.Update(func(txn *badger.Txn) error {
-		return txn.Set([]byte{keyNext}, binary.BigEndian.AppendUint32(nil, n+1))
-	})
-	if err != nil {
-		return x.wrote(err)
-	}
-
 	wb := x.db.NewWriteBatch()
 	defer wb.Cancel()
 	// One allocation each for keys and values: the batch keeps them until Flush.
@@ -308,6 +291,29 @@ func (x *badgerIndex) AddPack(_ context.Context, pack PackInfo, recs []PackRecor
 	defer x.mu.Unlock()
 	x.packs[n], x.numbers[pack.ID] = pack, n
 	return nil
+}
+
+// takeNumber gives the number for a new pack, 0 when the pack is registered. It is
+// used up on disk before anything refers to it: after a crash in between no other
+// pack may come to own these entries.
+func (x *badgerIndex) takeNumber(id PackID) (uint32, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if _, ok := x.numbers[id]; ok {
+		return 0, nil
+	}
+	if err := x.markDirty(); err != nil {
+		return 0, x.wrote(err)
+	}
+	n := x.next
+	err := x.db.Update(func(txn *badger.Txn) error {
+		return txn.Set([]byte{keyNext}, binary.BigEndian.AppendUint32(nil, n+1))
+	})
+	if err != nil {
+		return 0, x.wrote(err)
+	}
+	x.next++
+	return n, nil
 }
 
 func (x *badgerIndex) Packs(context.Context) iter.Seq2[NumberedPack, error] {
