@@ -18,7 +18,7 @@ import (
 // Keys of the Badger index. Nothing in it is secret: ids are keyed hashes and
 // summaries of points are encrypted.
 //
-//	c id[:16]   -> pack u32, offset u32, length u32   where a chunk or page is stored
+//	c id[:16]   -> pack u32, offset u32, length u32 (bit 31: suspect)   where a chunk or page is stored
 //	k number    -> pack id 32, size u64               pack registry (number is u32, big-endian)
 //	m id        -> encoded page                       pages of chunk maps, a cache
 //	t point id  -> encrypted summary                  points
@@ -246,7 +246,7 @@ func (x *badgerIndex) Lookup(_ context.Context, ids []ID, locs []Loc) error {
 				if len(v) != 12 {
 					return errors.New("index: chunk entry")
 				}
-				l := Loc{binary.LittleEndian.Uint32(v), binary.LittleEndian.Uint32(v[4:]), binary.LittleEndian.Uint32(v[8:])}
+				l := parseLoc(v)
 				if _, ok := x.packs[l.Pack]; ok {
 					locs[i] = l
 				}
@@ -272,9 +272,7 @@ func (x *badgerIndex) AddPack(_ context.Context, pack PackInfo, recs []PackRecor
 	for _, r := range recs {
 		k := chunkKey(r.ID)
 		keys = append(keys, k[:]...)
-		vals = binary.LittleEndian.AppendUint32(vals, n)
-		vals = binary.LittleEndian.AppendUint32(vals, r.Off)
-		vals = binary.LittleEndian.AppendUint32(vals, r.Len)
+		vals = appendLoc(vals, Loc{Pack: n, Off: r.Off, Len: r.Len})
 		if err := wb.Set(keys[len(keys)-17:], vals[len(vals)-12:]); err != nil {
 			return x.wrote(err)
 		}
@@ -362,9 +360,16 @@ func (x *badgerIndex) DropPack(_ context.Context, number uint32) error {
 	return nil
 }
 
-func (x *badgerIndex) DropChunks(_ context.Context, ids []ID) error {
+// suspectBit marks a suspect record in the stored length, which needs 23 bits.
+const suspectBit = 1 << 31
+
+func (x *badgerIndex) Suspect(ctx context.Context, ids []ID) error {
 	if x.readOnly {
 		return nil
+	}
+	locs := make([]Loc, len(ids))
+	if err := x.Lookup(ctx, ids, locs); err != nil {
+		return err
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -376,13 +381,32 @@ func (x *badgerIndex) DropChunks(_ context.Context, ids []ID) error {
 	if err := wb.Delete([]byte{keyWhole}); err != nil {
 		return x.wrote(err)
 	}
-	for _, id := range ids {
+	for i, id := range ids {
+		if !locs[i].Known() {
+			continue
+		}
 		k := chunkKey(id)
-		if err := wb.Delete(k[:]); err != nil {
+		locs[i].Suspect = true
+		if err := wb.Set(k[:], appendLoc(nil, locs[i])); err != nil {
 			return x.wrote(err)
 		}
 	}
 	return x.wrote(wb.Flush())
+}
+
+// appendLoc and parseLoc are the stored form of a Loc, 12 bytes.
+func appendLoc(b []byte, l Loc) []byte {
+	b = binary.LittleEndian.AppendUint32(b, l.Pack)
+	b = binary.LittleEndian.AppendUint32(b, l.Off)
+	if l.Suspect {
+		l.Len |= suspectBit
+	}
+	return binary.LittleEndian.AppendUint32(b, l.Len)
+}
+
+func parseLoc(b []byte) Loc {
+	n := binary.LittleEndian.Uint32(b[8:])
+	return Loc{binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:]), n &^ suspectBit, n&suspectBit != 0}
 }
 
 func (x *badgerIndex) Whole(context.Context) (whole bool, err error) {

@@ -153,14 +153,6 @@ func (c *pageCache) get(id ID) *leaf {
 	return e.Value.(pageEntry).leaf
 }
 
-// clear empties the cache.
-func (c *pageCache) clear() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	clear(c.entries)
-	c.lru.Init()
-}
-
 func (c *pageCache) put(id ID, l *leaf) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -130,7 +130,7 @@ func (d *Draft) missing(ctx context.Context, ids []ID, locs *[]Loc, mine *[]bool
 	}
 	unknown := ids[:0]
 	for i, id := range ids {
-		if !l[i].Known() {
+		if !l[i].Sound() {
 			unknown = append(unknown, id)
 		}
 	}
@@ -138,7 +138,7 @@ func (d *Draft) missing(ctx context.Context, ids []ID, locs *[]Loc, mine *[]bool
 	placed = d.repo.packer.claim(unknown, m[:len(unknown)])
 	k := len(unknown)
 	for i := len(l) - 1; i >= 0; i-- {
-		if l[i].Known() {
+		if l[i].Sound() {
 			m[i] = false
 			continue
 		}

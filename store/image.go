@@ -336,7 +336,7 @@ func (m *Image) complete(ctx context.Context, ids []ID, level uint8) (bool, erro
 		if id.IsZero() {
 			continue
 		}
-		if !locs[i].Known() {
+		if !locs[i].Sound() {
 			return false, nil
 		}
 		if level == 0 {

@@ -11,7 +11,12 @@ type Loc struct {
 	Pack uint32 // number of the pack in this index, from 1
 	Off  uint32 // bytes, of the record header
 	Len  uint32 // bytes of the stored body
+	// Suspect: the record was found damaged, and no other is known.
+	Suspect bool
 }
+
+// Sound reports whether the chunk is stored and nothing is known against it.
+func (l Loc) Sound() bool { return l.Known() && !l.Suspect }
 
 // Known reports whether the chunk is stored.
 func (l Loc) Known() bool { return l.Pack != 0 }
@@ -57,9 +62,9 @@ type Index interface {
 	Pack(ctx context.Context, number uint32) (PackInfo, error)
 	// DropPack forgets a pack and the chunks that it held. The index is not whole after it.
 	DropPack(ctx context.Context, number uint32) error
-	// DropChunks forgets where chunks and pages are, because what lies there is
-	// damaged: they are stored again when a backup meets them. The index is not whole after it.
-	DropChunks(ctx context.Context, ids []ID) error
+	// Suspect marks chunks and pages whose records were found damaged: readers still
+	// try them, backups store them again. The index is not whole after it.
+	Suspect(ctx context.Context, ids []ID) error
 	// Whole reports whether everything that the points need is known to be in this
 	// index: it was made with the repository, or a verification found no damage, and no
 	// pack was lost since.

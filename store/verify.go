@@ -66,7 +66,7 @@ func (b badRecord) at(loc Loc) bool {
 }
 
 // Verify checks the repository and reports all damage, and which points it
-// touches. It changes no object; the index forgets damaged chunks, so that a backup
+// touches. It changes no object; the index marks damaged chunks, so that a backup
 // which still has them stores them again and so heals the points that use them. The
 // error says that the check itself could not be carried out.
 func (r *Repo) Verify(ctx context.Context, opt VerifyOptions) (VerifyReport, error) {
@@ -93,34 +93,33 @@ func (r *Repo) Verify(ctx context.Context, opt VerifyOptions) (VerifyReport, err
 	}
 	switch {
 	case len(v.bad) > 0:
-		return v.report, v.forget(ctx)
-	case v.report.Damaged == 0 && opt.Points == nil:
+		return v.report, v.suspect(ctx)
+	case v.report.Damaged == 0 && opt.Points == nil && opt.ReadData:
 		return v.report, r.index.SetWhole(ctx)
 	}
 	return v.report, nil
 }
 
-// forget makes the index forget chunks and pages where they are damaged, so that
-// they are stored again when a backup meets them. Where a whole record of the same id is known it stays.
-func (v *verifier) forget(ctx context.Context) error {
+// suspect marks what was found damaged in the index, so that it is stored again when
+// a backup meets it. Where the index knows another record of the same id it stays as it is.
+func (v *verifier) suspect(ctx context.Context) error {
 	ids := slices.Collect(maps.Keys(v.bad))
 	locs := make([]Loc, len(ids))
 	if err := v.repo.index.Lookup(ctx, ids, locs); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	var gone []ID
+	var hit []ID
 	for i, id := range ids {
 		if b := v.bad[id]; b.pack == 0 || (b.pack == locs[i].Pack && b.off == locs[i].Off) {
-			gone = append(gone, id)
+			hit = append(hit, id)
 		}
 	}
-	if len(gone) == 0 {
+	if len(hit) == 0 {
 		return nil
 	}
-	if err := v.repo.index.DropChunks(ctx, gone); err != nil {
+	if err := v.repo.index.Suspect(ctx, hit); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	v.repo.leaves.clear() // they remember places
 	return nil
 }
 

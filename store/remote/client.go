@@ -148,6 +148,8 @@ func (c *client) Lookup(ctx context.Context, ids []store.ID, locs []store.Loc) e
 		}
 		for i := range n {
 			locs[i] = store.Loc{Pack: in.u32(), Off: in.u32(), Len: in.u32()}
+			f := in.take(1)
+			locs[i].Suspect = f != nil && f[0] == 1
 		}
 		if err := in.end(); err != nil {
 			return err
@@ -214,9 +216,9 @@ func (c *client) DropPack(ctx context.Context, number uint32) error {
 	return err
 }
 
-func (c *client) DropChunks(ctx context.Context, ids []store.ID) error {
+func (c *client) Suspect(ctx context.Context, ids []store.ID) error {
 	for part := range slices.Chunk(ids, lookupBatch) {
-		_, err := c.call(ctx, opDropChunks, func(b []byte) []byte {
+		_, err := c.call(ctx, opSuspect, func(b []byte) []byte {
 			b = binary.LittleEndian.AppendUint32(b, uint32(len(part)))
 			for _, id := range part {
 				b = append(b, id[:]...)

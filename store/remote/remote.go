@@ -280,8 +280,8 @@ func (x *index) DropPack(ctx context.Context, number uint32) error {
 	return x.do(ctx, func(i store.Index) error { return i.DropPack(ctx, number) })
 }
 
-func (x *index) DropChunks(ctx context.Context, ids []store.ID) error {
-	return x.do(ctx, func(i store.Index) error { return i.DropChunks(ctx, ids) })
+func (x *index) Suspect(ctx context.Context, ids []store.ID) error {
+	return x.do(ctx, func(i store.Index) error { return i.Suspect(ctx, ids) })
 }
 
 func (x *index) Whole(ctx context.Context) (whole bool, err error) {

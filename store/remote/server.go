@@ -182,6 +182,7 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 		}
 		for _, l := range locs {
 			out = le.AppendUint32(le.AppendUint32(le.AppendUint32(out, l.Pack), l.Off), l.Len)
+			out = append(out, flag(l.Suspect))
 		}
 		return out, nil
 	case opAddPack:
@@ -220,7 +221,7 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 			return nil, err
 		}
 		return out, s.index.DropPack(ctx, n)
-	case opDropChunks:
+	case opSuspect:
 		ids := make([]store.ID, in.count(32))
 		for i := range ids {
 			copy(ids[i][:], in.take(32))
@@ -228,7 +229,7 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 		if err := in.end(); err != nil {
 			return nil, err
 		}
-		return out, s.index.DropChunks(ctx, ids)
+		return out, s.index.Suspect(ctx, ids)
 	case opWhole:
 		if err := in.end(); err != nil {
 			return nil, err

@@ -27,7 +27,7 @@ const (
 	opPacks
 	opPack
 	opDropPack
-	opDropChunks
+	opSuspect
 	opWhole
 	opSetWhole
 	opPage

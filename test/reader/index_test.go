@@ -105,11 +105,14 @@ func (x *mapIndex) DropPack(_ context.Context, number uint32) error {
 	return nil
 }
 
-func (x *mapIndex) DropChunks(_ context.Context, ids []store.ID) error {
+func (x *mapIndex) Suspect(_ context.Context, ids []store.ID) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, id := range ids {
-		delete(x.locs, id)
+		if l, ok := x.locs[id]; ok {
+			l.Suspect = true
+			x.locs[id] = l
+		}
 	}
 	return nil
 }
