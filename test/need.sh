@@ -7,6 +7,7 @@ set -euo pipefail
 declare -A need=(
   [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs
   [fuser]=psmisc [sgdisk]=gdisk [losetup]=mount
+  [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish
 )
 missing=()
 for program in "${!need[@]}"; do
