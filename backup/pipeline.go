@@ -17,8 +17,8 @@ import (
 // size where that is larger), plus twice the chunk size per worker.
 const (
 	jobBytes     = 1 << 20 // one read from the source
-	jobsInFlight = 24
-	readers      = 4
+	jobsInFlight = 32
+	readers      = 16
 )
 
 // job is a run of consecutive chunks on its way through the pipeline: planned,

@@ -16,6 +16,7 @@ import (
 // when it is opened; a file that shrinks later gives read errors.
 type RawFile struct {
 	f      *os.File
+	direct *directReader // nil: not possible
 	size   int64
 	device bool
 }
@@ -48,13 +49,13 @@ func newRaw(f *os.File) (*RawFile, error) {
 	}
 	switch mode := st.Mode(); {
 	case mode.IsRegular():
-		return &RawFile{f: f, size: st.Size()}, nil
+		return &RawFile{f: f, size: st.Size(), direct: newDirect(f)}, nil
 	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
 		size, err := f.Seek(0, io.SeekEnd)
 		if err != nil {
 			return nil, fmt.Errorf("size of the device: %w", err)
 		}
-		return &RawFile{f: f, size: size, device: true}, nil
+		return &RawFile{f: f, size: size, device: true, direct: newDirect(f)}, nil
 	default:
 		return nil, fmt.Errorf("%s is neither a regular file nor a block device: %w", f.Name(), ErrUnsupported)
 	}
@@ -65,6 +66,7 @@ func (r *RawFile) Size() int64 { return r.size }
 
 // Close may be called twice.
 func (r *RawFile) Close() error {
+	r.direct.close()
 	if err := r.f.Close(); !errors.Is(err, os.ErrClosed) {
 		return err
 	}
@@ -76,7 +78,12 @@ func (r *RawFile) ReadAt(p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, end
 	}
-	n, err := readFull(r.f, p, off)
+	n := r.direct.readAt(p, off)
+	if n == len(p) {
+		return n, end
+	}
+	m, err := readFull(r.f, p[n:], off+int64(n))
+	n += m
 	if err == nil {
 		return n, end
 	}

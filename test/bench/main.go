@@ -129,9 +129,10 @@ func newBench(ctx context.Context, dir string, o options) (*bench, error) {
 func (b *bench) pickTools(ctx context.Context, o options) ([]tool, error) {
 	var picked []tool
 	wanted := strings.FieldsFunc(o.tools, func(r rune) bool { return r == ',' })
+	all := len(wanted) == 0
 	for _, t := range allTools(b.dir) {
 		asked := slices.Contains(wanted, t.name)
-		if len(wanted) > 0 && !asked {
+		if !all && !asked {
 			continue
 		}
 		wanted = slices.DeleteFunc(wanted, func(s string) bool { return s == t.name })
