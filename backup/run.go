@@ -56,10 +56,11 @@ func Run(ctx context.Context, repo *store.Repo, snap Snapshot, opt Options) (*st
 		return nil, err
 	}
 	began := opt.Now()
-	parent, err := parentOf(ctx, repo, vm.Name)
+	parent, release, err := parentOf(ctx, repo, vm.Name)
 	if err != nil {
 		return nil, err
 	}
+	defer release()
 	draft, err := repo.NewDraft(ctx)
 	if err != nil {
 		return nil, err
@@ -109,20 +110,25 @@ func CheckName(name string) error {
 	return fmt.Errorf("%q cannot be the name of a VM: it must be one path element of at most 200 bytes", name)
 }
 
-// parentOf gives the newest point of the VM that can be read, or nil.
-func parentOf(ctx context.Context, repo *store.Repo, vm string) (*store.Point, error) {
+// parentOf gives the newest point of the VM that can be read, or nil, and keeps
+// its chunks until release is called.
+func parentOf(ctx context.Context, repo *store.Repo, vm string) (p *store.Point, release func(), err error) {
+	none := func() {}
 	s, err := repo.Latest(ctx, vm)
 	if errors.Is(err, store.ErrNotExist) {
-		return nil, nil
+		return nil, none, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, none, err
 	}
-	p, err := repo.Point(ctx, s.ID)
+	p, release, err = repo.Hold(ctx, s.ID)
 	if errors.Is(err, store.ErrDamaged) || errors.Is(err, store.ErrNotExist) {
-		return nil, nil // only a hint is lost
+		return nil, none, nil // only a hint is lost
 	}
-	return p, err
+	if err != nil {
+		return nil, none, err
+	}
+	return p, release, nil
 }
 
 // run is one VM's backup on its way.

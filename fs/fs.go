@@ -86,6 +86,9 @@ type Dir interface {
 // File is a file.
 type File interface {
 	Node
+	// Hold keeps the content readable until release is called, even if its point is
+	// forgotten and collected meanwhile. store.ErrNotExist when it is gone already.
+	Hold(ctx context.Context) (release func(), err error)
 	// Image gives the content. It needs no closing.
 	Image(ctx context.Context) (Image, error)
 }

@@ -161,6 +161,27 @@ type pointDir struct {
 	mu    sync.Mutex // guards following
 	point *store.Point
 	nodes []namedNode // in order
+	holds int         // of files that are open
+	drop  func()      // ends the hold in the repository, while there are any
+}
+
+// hold keeps the point's chunks while any of its files is open.
+func (d *pointDir) hold(ctx context.Context) (release func(), err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.holds == 0 {
+		if _, d.drop, err = d.tree.repo.Hold(ctx, d.sum.ID); err != nil {
+			return nil, err
+		}
+	}
+	d.holds++
+	return sync.OnceFunc(func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.holds--; d.holds == 0 {
+			d.drop()
+		}
+	}), nil
 }
 
 type namedNode struct {
@@ -234,7 +255,7 @@ func (d *pointDir) load(ctx context.Context) error {
 }
 
 func (d *pointDir) file(name string, open func() (Image, error)) *file {
-	return &file{inode: inodeOf("point", d.sum.ID.String(), name), time: d.sum.Time, open: open}
+	return &file{inode: inodeOf("point", d.sum.ID.String(), name), time: d.sum.Time, open: open, hold: d.hold}
 }
 
 // disk lays out the formats of one disk. Formats that cannot hold it are left out:
@@ -349,6 +370,7 @@ type file struct {
 	inode uint64
 	time  time.Time
 	open  func() (Image, error)
+	hold  func(context.Context) (release func(), err error)
 
 	mu     sync.Mutex           // guards following
 	img    weak.Pointer[opened] // while somebody reads it
@@ -361,6 +383,9 @@ type file struct {
 // a computed format take 80 KB, the kernel remembers every file that was ever
 // looked at, and a walk through 10,000 points looks at all of theirs.
 type opened struct{ Image }
+
+// Hold implements File.
+func (f *file) Hold(ctx context.Context) (release func(), err error) { return f.hold(ctx) }
 
 func (f *file) Image(context.Context) (Image, error) {
 	f.mu.Lock()

@@ -1,11 +1,15 @@
 package store
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
+	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,13 +22,16 @@ import (
 // Keys of the Badger index. Nothing in it is secret: ids are keyed hashes and
 // summaries of points are encrypted.
 //
-//	c id[:16]   -> pack u32, offset u32, length u32 (bit 31: suspect)   where a chunk or page is stored
-//	k number    -> pack id 32, size u64               pack registry (number is u32, big-endian)
+//	c id[:16]   -> pack u32, offset u32, length u32 (bit 31: suspect), slot u32   where a chunk or page is stored
+//	k number    -> pack id 32, size u64, records u32  pack registry (number is u32, big-endian)
+//	g pack id   -> nothing; there when the pack is condemned
+//	e           -> epoch of the condemned packs, 16
+//	x pack id   -> nothing; there when the pack was condemned and dropped
 //	m id        -> encoded page                       pages of chunk maps, a cache
 //	t point id  -> encrypted summary                  points
 //	n           -> u32                                next pack number
 //	w           -> nothing; there when the index is whole
-//	s           -> version u8, clean u8, repository id 16
+//	s           -> version u8, clean u8, repository id 16, incarnation u64
 const (
 	keyChunk    = 'c'
 	keyPack     = 'k'
@@ -33,30 +40,60 @@ const (
 	keyNext     = 'n'
 	keyState    = 's'
 	keyWhole    = 'w'
-	indexFormat = 1
+	keyDoomed   = 'g'
+	keyEpoch    = 'e'
+	keyRemoved  = 'x'
+	indexFormat = 2
+
+	locLen     = 16      // bytes of a stored Loc
+	packRowLen = 44      // bytes of a line of the registry
+	stateLen   = 26      // bytes of the state
+	maxChanges = 1 << 14 // changes of points remembered
 )
 
 // badgerIndex is the Index in Badger.
 type badgerIndex struct {
-	db         *badger.DB
-	dir        string // empty: in memory
-	readOnly   bool
-	generation atomic.Uint64
-	repo       [16]byte
-	wasClean   bool        // the last owner closed it lacking nothing
-	complete   atomic.Bool // compared with the repository since it was opened
-	failed     atomic.Bool // a write went wrong: never mark it clean
+	db          *badger.DB
+	dir         string // empty: in memory
+	readOnly    bool
+	generation  atomic.Uint64
+	repo        [16]byte
+	incarnation uint64
+	wasClean    bool        // the last owner closed it lacking nothing
+	complete    atomic.Bool // compared with the repository since it was opened
+	failed      atomic.Bool // a write went wrong: never mark it clean
+
+	// entries is held while entries of chunks are changed: between looking one up
+	// and writing it nobody else may. Taken before mu.
+	entries sync.Mutex
 
 	mu       sync.RWMutex // guards following
-	packs    map[uint32]PackInfo
+	packs    map[uint32]knownPack
 	numbers  map[PackID]uint32
+	doomed   map[PackID]bool // condemned, registered or not
+	epoch    [16]byte        // of doomed
+	removed  map[PackID]bool // condemned and dropped: they never come back
 	next     uint32
+	changes  []pointChange  // the last ones, by generation
+	oldest   uint64         // generation before the first of changes
 	dirty    bool           // marked as not clean on disk
 	reserved map[string]int // name => how often handed out
 	closed   bool
 }
 
 var _ Index = (*badgerIndex)(nil)
+
+// knownPack is a line of the registry.
+type knownPack struct {
+	PackInfo
+	condemned bool
+}
+
+// pointChange: a point came, changed or went.
+type pointChange struct {
+	gen uint64
+	id  PointID
+}
 
 // badgerOptions bounds Badger's memory: two memtables of 8 MiB, 16 MiB of table
 // indexes and bloom filters, no block cache (useless without compression, since
@@ -96,9 +133,10 @@ func openBadger(dir string, repo [16]byte, readOnly bool) (*badgerIndex, error) 
 	}
 	x := &badgerIndex{
 		db: db, dir: dir, readOnly: readOnly, repo: repo,
-		packs: map[uint32]PackInfo{}, numbers: map[PackID]uint32{}, reserved: map[string]int{}, next: 1,
+		packs: map[uint32]knownPack{}, numbers: map[PackID]uint32{}, doomed: map[PackID]bool{}, removed: map[PackID]bool{}, reserved: map[string]int{}, next: 1,
 	}
 	x.generation.Store(uint64(time.Now().UnixNano()))
+	x.oldest = x.generation.Load()
 	if err := x.loadState(repo); err != nil {
 		db.Close()
 		return nil, err
@@ -121,10 +159,10 @@ func (x *badgerIndex) loadState(repo [16]byte) error {
 			return err
 		}
 		if err := item.Value(func(v []byte) error {
-			if len(v) != 18 || v[0] != indexFormat || [16]byte(v[2:]) != repo {
+			if len(v) != stateLen || v[0] != indexFormat || [16]byte(v[2:18]) != repo {
 				return errForeignIndex
 			}
-			x.wasClean = v[1] == 1
+			x.wasClean, x.incarnation = v[1] == 1, binary.LittleEndian.Uint64(v[18:])
 			return nil
 		}); err != nil {
 			return err
@@ -143,31 +181,73 @@ func (x *badgerIndex) loadState(repo [16]byte) error {
 		} else if !errors.Is(err, badger.ErrKeyNotFound) {
 			return err
 		}
-		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{keyPack}, PrefetchValues: true, PrefetchSize: 100})
-		defer it.Close()
-		for it.Rewind(); it.Valid(); it.Next() {
-			k := it.Item().Key()
-			err := it.Item().Value(func(v []byte) error {
-				if len(k) != 5 || len(v) != 40 {
-					return errors.New("index: pack registry")
-				}
-				n := binary.BigEndian.Uint32(k[1:])
-				x.packs[n] = PackInfo{PackID(v[:32]), int64(binary.LittleEndian.Uint64(v[32:]))}
-				x.numbers[PackID(v[:32])] = n
-				x.next = max(x.next, n+1)
-				return nil
-			})
-			if err != nil {
-				return err
-			}
+		if err := x.loadDoomed(txn); err != nil {
+			return err
 		}
-		return nil
+		return x.loadPacks(txn)
 	})
 	if err != nil {
 		return err
 	}
+	if fresh {
+		x.incarnation = rand.Uint64()
+	}
 	if fresh && !x.readOnly {
 		return x.setState(repo, false)
+	}
+	return nil
+}
+
+// loadDoomed reads which packs are condemned, and which were.
+func (x *badgerIndex) loadDoomed(txn *badger.Txn) error {
+	for _, set := range []struct {
+		key byte
+		ids map[PackID]bool
+	}{{keyDoomed, x.doomed}, {keyRemoved, x.removed}} {
+		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{set.key}})
+		for it.Rewind(); it.Valid(); it.Next() {
+			if k := it.Item().Key(); len(k) == 33 {
+				set.ids[PackID(k[1:])] = true
+			}
+		}
+		it.Close()
+	}
+	item, err := txn.Get([]byte{keyEpoch})
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return item.Value(func(v []byte) error {
+		if copy(x.epoch[:], v) != len(v) {
+			return errors.New("index: epoch")
+		}
+		return nil
+	})
+}
+
+// loadPacks reads the registry.
+func (x *badgerIndex) loadPacks(txn *badger.Txn) error {
+	it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{keyPack}, PrefetchValues: true, PrefetchSize: 100})
+	defer it.Close()
+	for it.Rewind(); it.Valid(); it.Next() {
+		k := it.Item().Key()
+		err := it.Item().Value(func(v []byte) error {
+			if len(k) != 5 || len(v) != packRowLen {
+				return errors.New("index: pack registry")
+			}
+			n := binary.BigEndian.Uint32(k[1:])
+			id := PackID(v[:32])
+			info := PackInfo{id, int64(binary.LittleEndian.Uint64(v[32:])), binary.LittleEndian.Uint32(v[40:])}
+			x.packs[n] = knownPack{info, x.doomed[id]}
+			x.numbers[id] = n
+			x.next = max(x.next, n+1)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -187,7 +267,7 @@ func (x *badgerIndex) room() error {
 }
 
 func (x *badgerIndex) setState(repo [16]byte, clean bool) error {
-	v := append([]byte{indexFormat, 0}, repo[:]...)
+	v := binary.LittleEndian.AppendUint64(append([]byte{indexFormat, 0}, repo[:]...), x.incarnation)
 	if clean {
 		v[1] = 1
 	}
@@ -243,11 +323,12 @@ func (x *badgerIndex) Lookup(_ context.Context, ids []ID, locs []Loc) error {
 				return fmt.Errorf("index: %w", err)
 			}
 			err = item.Value(func(v []byte) error {
-				if len(v) != 12 {
+				if len(v) != locLen {
 					return errors.New("index: chunk entry")
 				}
 				l := parseLoc(v)
-				if _, ok := x.packs[l.Pack]; ok {
+				if p, ok := x.packs[l.Pack]; ok {
+					l.Condemned = p.condemned
 					locs[i] = l
 				}
 				return nil
@@ -260,65 +341,102 @@ func (x *badgerIndex) Lookup(_ context.Context, ids []ID, locs []Loc) error {
 	})
 }
 
-func (x *badgerIndex) AddPack(_ context.Context, pack PackInfo, recs []PackRecord) error {
-	n, err := x.takeNumber(pack.ID)
+func (x *badgerIndex) AddPack(ctx context.Context, pack PackInfo, recs []PackRecord) error {
+	// From the look whether it is registered to its registration: two who add one
+	// pack must not give it two numbers.
+	x.entries.Lock()
+	defer x.entries.Unlock()
+	n, condemned, err := x.takeNumber(pack.ID)
 	if n == 0 || err != nil {
 		return err
+	}
+	pack.Records = uint32(len(recs))
+	// In the order of their offsets, which is that of their slots.
+	recs = slices.Clone(recs)
+	slices.SortFunc(recs, func(a, b PackRecord) int { return cmp.Compare(a.Off, b.Off) })
+	var old []Loc
+	if condemned { // what is elsewhere too shall be read there
+		if old, err = x.places(ctx, recs); err != nil {
+			return err
+		}
 	}
 	wb := x.db.NewWriteBatch()
 	defer wb.Cancel()
 	// One allocation each for keys and values: the batch keeps them until Flush.
-	keys, vals := make([]byte, 0, 17*len(recs)), make([]byte, 0, 12*len(recs))
-	for _, r := range recs {
+	keys, vals := make([]byte, 0, 17*len(recs)), make([]byte, 0, locLen*len(recs))
+	for i, r := range recs {
+		if condemned && old[i].Reusable() {
+			continue
+		}
 		k := chunkKey(r.ID)
 		keys = append(keys, k[:]...)
-		vals = appendLoc(vals, Loc{Pack: n, Off: r.Off, Len: r.Len})
-		if err := wb.Set(keys[len(keys)-17:], vals[len(vals)-12:]); err != nil {
+		vals = appendLoc(vals, Loc{Pack: n, Off: r.Off, Len: r.Len, Slot: uint32(i)})
+		if err := wb.Set(keys[len(keys)-17:], vals[len(vals)-locLen:]); err != nil {
 			return x.wrote(err)
 		}
 	}
+	// Readers may follow the entries as soon as they are there: some replace others.
+	x.mu.Lock()
+	x.packs[n] = knownPack{pack, x.doomed[pack.ID]}
+	x.mu.Unlock()
 	if err := wb.Flush(); err != nil {
 		return x.wrote(err)
 	}
 	// The registry row comes last: it says that all of the pack's records are in.
 	row := binary.LittleEndian.AppendUint64(append([]byte(nil), pack.ID[:]...), uint64(pack.Size))
+	row = binary.LittleEndian.AppendUint32(row, pack.Records)
 	if err := x.db.Update(func(txn *badger.Txn) error { return txn.Set(packKey(n), row) }); err != nil {
 		return x.wrote(err)
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.packs[n], x.numbers[pack.ID] = pack, n
+	x.numbers[pack.ID] = n
 	return nil
 }
 
-// takeNumber gives the number for a new pack, 0 when the pack is registered. It is
+// places looks up the ids of records.
+func (x *badgerIndex) places(ctx context.Context, recs []PackRecord) ([]Loc, error) {
+	ids, locs := make([]ID, len(recs)), make([]Loc, len(recs))
+	for i, r := range recs {
+		ids[i] = r.ID
+	}
+	return locs, x.Lookup(ctx, ids, locs)
+}
+
+// takeNumber gives the number for a new pack, 0 when the pack is registered, or was removed. It is
 // used up on disk before anything refers to it: after a crash in between no other
 // pack may come to own these entries.
-func (x *badgerIndex) takeNumber(id PackID) (uint32, error) {
+func (x *badgerIndex) takeNumber(id PackID) (n uint32, condemned bool, err error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if _, ok := x.numbers[id]; ok {
-		return 0, nil
+	if _, ok := x.numbers[id]; ok || x.removed[id] {
+		return 0, false, nil
 	}
 	if err := x.markDirty(); err != nil {
-		return 0, x.wrote(err)
+		return 0, false, x.wrote(err)
 	}
-	n := x.next
-	err := x.db.Update(func(txn *badger.Txn) error {
+	n = x.next
+	err = x.db.Update(func(txn *badger.Txn) error {
 		return txn.Set([]byte{keyNext}, binary.BigEndian.AppendUint32(nil, n+1))
 	})
 	if err != nil {
-		return 0, x.wrote(err)
+		return 0, false, x.wrote(err)
 	}
 	x.next++
-	return n, nil
+	return n, x.doomed[id], nil
+}
+
+func (x *badgerIndex) NextPack(context.Context) (uint32, error) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.next, nil
 }
 
 func (x *badgerIndex) Packs(context.Context) iter.Seq2[NumberedPack, error] {
 	x.mu.RLock()
 	list := make([]NumberedPack, 0, len(x.packs))
 	for n, p := range x.packs {
-		list = append(list, NumberedPack{n, p})
+		list = append(list, NumberedPack{n, p.PackInfo, p.condemned})
 	}
 	x.mu.RUnlock()
 	return func(yield func(NumberedPack, error) bool) {
@@ -335,19 +453,35 @@ func (x *badgerIndex) Pack(_ context.Context, number uint32) (PackInfo, error) {
 	defer x.mu.RUnlock()
 	p, ok := x.packs[number]
 	if !ok {
-		return p, fmt.Errorf("index: pack number %d: %w", number, ErrNotExist)
+		return PackInfo{}, fmt.Errorf("index: pack number %d: %w", number, ErrNotExist)
 	}
-	return p, nil
+	return p.PackInfo, nil
 }
 
-func (x *badgerIndex) DropPack(_ context.Context, number uint32) error {
+func (x *badgerIndex) Incarnation(context.Context) (uint64, error) { return x.incarnation, nil }
+
+func (x *badgerIndex) DropPack(ctx context.Context, pack PackID, ids []ID) error {
+	x.entries.Lock()
+	defer x.entries.Unlock()
+	x.mu.RLock()
+	number, ok := x.numbers[pack]
+	x.mu.RUnlock()
+	if !ok {
+		return nil
+	}
+	if err := x.clearEntries(ctx, number, ids); err != nil {
+		return err
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if err := x.markDirty(); err != nil {
-		return x.wrote(err)
-	}
+	p := x.packs[number]
 	err := x.db.Update(func(txn *badger.Txn) error {
-		if err := txn.Delete([]byte{keyWhole}); err != nil {
+		if p.condemned {
+			// Somebody who listed the packs just before may be about to add it again.
+			if err := txn.Set(append([]byte{keyRemoved}, pack[:]...), nil); err != nil {
+				return err
+			}
+		} else if err := txn.Delete([]byte{keyWhole}); err != nil {
 			return err
 		}
 		return txn.Delete(packKey(number))
@@ -355,9 +489,98 @@ func (x *badgerIndex) DropPack(_ context.Context, number uint32) error {
 	if err != nil {
 		return x.wrote(err)
 	}
-	delete(x.numbers, x.packs[number].ID)
+	if p.condemned {
+		x.removed[pack] = true
+	}
+	delete(x.numbers, p.ID)
 	delete(x.packs, number)
+	x.generation.Add(1) // those who keep packs open look which are gone
 	return nil
+}
+
+// clearEntries removes the entries that point into a pack. x.entries is held.
+func (x *badgerIndex) clearEntries(ctx context.Context, number uint32, ids []ID) error {
+	x.mu.Lock()
+	err := x.markDirty()
+	x.mu.Unlock()
+	if err != nil {
+		return x.wrote(err)
+	}
+	locs := make([]Loc, len(ids))
+	if err := x.Lookup(ctx, ids, locs); err != nil {
+		return err
+	}
+	wb := x.db.NewWriteBatch()
+	defer wb.Cancel()
+	for i, id := range ids {
+		if locs[i].Pack != number {
+			continue
+		}
+		k := chunkKey(id)
+		if err := wb.Delete(k[:]); err != nil {
+			return x.wrote(err)
+		}
+	}
+	return x.wrote(wb.Flush())
+}
+
+// Condemn writes the new set before anybody sees it; the epoch comes last, so that
+// after a crash in between the next owner finds another one than in the repository.
+func (x *badgerIndex) Condemn(_ context.Context, old [16]byte, c Condemned) (bool, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.epoch != old {
+		return false, nil
+	}
+	if err := x.markDirty(); err != nil {
+		return false, x.wrote(err)
+	}
+	return true, x.wrote(x.condemn(c))
+}
+
+// condemn is Condemn. x.mu is held.
+func (x *badgerIndex) condemn(c Condemned) error {
+	doomed := make(map[PackID]bool, len(c.Packs))
+	for _, id := range c.Packs {
+		doomed[id] = true
+	}
+	wb := x.db.NewWriteBatch()
+	defer wb.Cancel()
+	key := func(id PackID) []byte { return append([]byte{keyDoomed}, id[:]...) }
+	for id := range x.doomed {
+		if !doomed[id] {
+			if err := wb.Delete(key(id)); err != nil {
+				return err
+			}
+		}
+	}
+	for id := range doomed {
+		if !x.doomed[id] {
+			if err := wb.Set(key(id), nil); err != nil {
+				return err
+			}
+		}
+	}
+	if err := wb.Flush(); err != nil {
+		return err
+	}
+	if err := x.db.Update(func(txn *badger.Txn) error { return txn.Set([]byte{keyEpoch}, c.Epoch[:]) }); err != nil {
+		return err
+	}
+	x.doomed, x.epoch = doomed, c.Epoch
+	for n, p := range x.packs {
+		if p.condemned != doomed[p.ID] {
+			p.condemned = doomed[p.ID]
+			x.packs[n] = p
+		}
+	}
+	return nil
+}
+
+func (x *badgerIndex) Epoch(context.Context) ([16]byte, error) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.epoch, nil
 }
 
 // suspectBit marks a suspect record in the stored length, which needs 23 bits.
@@ -367,6 +590,8 @@ func (x *badgerIndex) Suspect(ctx context.Context, ids []ID) error {
 	if x.readOnly {
 		return nil
 	}
+	x.entries.Lock()
+	defer x.entries.Unlock()
 	locs := make([]Loc, len(ids))
 	if err := x.Lookup(ctx, ids, locs); err != nil {
 		return err
@@ -394,19 +619,20 @@ func (x *badgerIndex) Suspect(ctx context.Context, ids []ID) error {
 	return x.wrote(wb.Flush())
 }
 
-// appendLoc and parseLoc are the stored form of a Loc, 12 bytes.
+// appendLoc and parseLoc are the stored form of a Loc, locLen bytes.
 func appendLoc(b []byte, l Loc) []byte {
-	b = binary.LittleEndian.AppendUint32(b, l.Pack)
-	b = binary.LittleEndian.AppendUint32(b, l.Off)
+	le := binary.LittleEndian
+	n := l.Len
 	if l.Suspect {
-		l.Len |= suspectBit
+		n |= suspectBit
 	}
-	return binary.LittleEndian.AppendUint32(b, l.Len)
+	return le.AppendUint32(le.AppendUint32(le.AppendUint32(le.AppendUint32(b, l.Pack), l.Off), n), l.Slot)
 }
 
 func parseLoc(b []byte) Loc {
-	n := binary.LittleEndian.Uint32(b[8:])
-	return Loc{binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:]), n &^ suspectBit, n&suspectBit != 0}
+	le := binary.LittleEndian
+	n := le.Uint32(b[8:])
+	return Loc{Pack: le.Uint32(b), Off: le.Uint32(b[4:]), Len: n &^ suspectBit, Slot: le.Uint32(b[12:]), Suspect: n&suspectBit != 0}
 }
 
 func (x *badgerIndex) Whole(context.Context) (whole bool, err error) {
@@ -466,42 +692,86 @@ func (x *badgerIndex) PutPages(_ context.Context, ids []ID, pages [][]byte) erro
 	return nil
 }
 
-func (x *badgerIndex) Points(context.Context) (list []SealedPoint, err error) {
-	err = x.db.View(func(txn *badger.Txn) error {
-		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{keyPoint}, PrefetchValues: true, PrefetchSize: 100})
+func (x *badgerIndex) PageIDs(ctx context.Context, after ID) iter.Seq2[ID, error] {
+	return func(yield func(ID, error) bool) {
+		err := x.each(ctx, keyPage, after[:], false, func(k, _ []byte) bool { return yield(ID(k), nil) })
+		if err != nil {
+			yield(ID{}, err)
+		}
+	}
+}
+
+// each calls fn with the keys of one kind behind a certain one, without their
+// first byte, and with their values when asked for, until it returns false. Both
+// are valid during the call only.
+func (x *badgerIndex) each(ctx context.Context, kind byte, after []byte, values bool, fn func(k, v []byte) bool) error {
+	more := true
+	err := x.db.View(func(txn *badger.Txn) error {
+		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{kind}, PrefetchValues: values, PrefetchSize: 100})
 		defer it.Close()
-		for it.Rewind(); it.Valid(); it.Next() {
+		seek := append([]byte{kind}, after...)
+		for it.Seek(seek); it.Valid() && more; it.Next() {
 			k := it.Item().Key()
-			if len(k) != 17 {
-				return errors.New("point key")
+			if bytes.Equal(k, seek) {
+				continue
 			}
-			p := SealedPoint{ID: PointID(k[1:])}
-			if p.Summary, err = it.Item().ValueCopy(nil); err != nil {
+			if len(k) != len(seek) {
+				return fmt.Errorf("key of %d bytes", len(k))
+			}
+			if err := ctx.Err(); err != nil {
 				return err
 			}
-			list = append(list, p)
+			if !values {
+				more = fn(k[1:], nil)
+				continue
+			}
+			if err := it.Item().Value(func(v []byte) error { more = fn(k[1:], v); return nil }); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("index: %w", err)
+		return fmt.Errorf("index: %w", err)
 	}
-	return list, nil
+	return nil
+}
+
+func (x *badgerIndex) DropPages(_ context.Context, ids []ID) error {
+	wb := x.db.NewWriteBatch()
+	defer wb.Cancel()
+	for _, id := range ids {
+		if err := wb.Delete(append([]byte{keyPage}, id[:]...)); err != nil {
+			return x.wrote(err)
+		}
+	}
+	return x.wrote(wb.Flush())
+}
+
+func (x *badgerIndex) Points(ctx context.Context, after PointID) iter.Seq2[SealedPoint, error] {
+	return func(yield func(SealedPoint, error) bool) {
+		err := x.each(ctx, keyPoint, after[:], true, func(k, v []byte) bool {
+			return yield(SealedPoint{PointID(k), bytes.Clone(v)}, nil)
+		})
+		if err != nil {
+			yield(SealedPoint{}, err)
+		}
+	}
 }
 
 func (x *badgerIndex) PutPoint(_ context.Context, p SealedPoint) error {
-	return x.changePoint(func(txn *badger.Txn) error {
+	return x.changePoint(p.ID, func(txn *badger.Txn) error {
 		return txn.Set(append([]byte{keyPoint}, p.ID[:]...), p.Summary)
 	})
 }
 
 func (x *badgerIndex) DropPoint(_ context.Context, id PointID) error {
-	return x.changePoint(func(txn *badger.Txn) error {
+	return x.changePoint(id, func(txn *badger.Txn) error {
 		return txn.Delete(append([]byte{keyPoint}, id[:]...))
 	})
 }
 
-func (x *badgerIndex) changePoint(fn func(*badger.Txn) error) error {
+func (x *badgerIndex) changePoint(id PointID, fn func(*badger.Txn) error) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if err := x.markDirty(); err != nil {
@@ -510,8 +780,50 @@ func (x *badgerIndex) changePoint(fn func(*badger.Txn) error) error {
 	if err := x.db.Update(fn); err != nil {
 		return x.wrote(err)
 	}
+	if len(x.changes) >= maxChanges {
+		x.oldest = x.changes[maxChanges/2-1].gen
+		x.changes = append(x.changes[:0], x.changes[maxChanges/2:]...)
+	}
+	x.changes = append(x.changes, pointChange{x.generation.Load() + 1, id})
 	x.generation.Add(1)
 	return nil
+}
+
+func (x *badgerIndex) Changes(_ context.Context, since uint64) (c Changes, err error) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	c.Generation = x.generation.Load()
+	if since < x.oldest || since > c.Generation {
+		c.Unknown = true
+		return c, nil
+	}
+	seen := map[PointID]bool{}
+	err = x.db.View(func(txn *badger.Txn) error {
+		for _, ch := range slices.Backward(x.changes) {
+			if ch.gen <= since {
+				return nil
+			}
+			if seen[ch.id] {
+				continue
+			}
+			seen[ch.id] = true
+			item, err := txn.Get(append([]byte{keyPoint}, ch.id[:]...))
+			if errors.Is(err, badger.ErrKeyNotFound) {
+				c.Dropped = append(c.Dropped, ch.id)
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("index: %w", err)
+			}
+			v, err := item.ValueCopy(nil)
+			if err != nil {
+				return fmt.Errorf("index: %w", err)
+			}
+			c.Put = append(c.Put, SealedPoint{ch.id, v})
+		}
+		return nil
+	})
+	return c, err
 }
 
 func (x *badgerIndex) Generation(context.Context) (uint64, error) { return x.generation.Load(), nil }

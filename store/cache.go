@@ -123,7 +123,7 @@ type leaf struct {
 }
 
 // leafCost is the memory of a leaf in the cache, bytes.
-const leafCost = PageEntries*(32+12) + 128
+const leafCost = PageEntries*(32+20) + 128
 
 // pageCache keeps decoded pages in a bounded number of bytes.
 type pageCache struct {

@@ -17,6 +17,7 @@ import (
 type Draft struct {
 	repo   *Repo
 	stored atomic.Int64 // bytes of records written
+	end    func()       // gives up the lease
 }
 
 // NewDraft begins a point. It first makes sure that the index agrees with the
@@ -25,7 +26,16 @@ func (r *Repo) NewDraft(ctx context.Context) (*Draft, error) {
 	if err := r.prepareWrite(ctx); err != nil {
 		return nil, err
 	}
-	return &Draft{repo: r}, nil
+	next, err := r.index.NextPack(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	// Before anything is looked up.
+	_, end, err := r.lease(ctx, Lease{Kind: LeaseWriter, FirstPack: next})
+	if err != nil {
+		return nil, err
+	}
+	return &Draft{repo: r, end: end}, nil
 }
 
 // ChunkWriter is one worker's way into a Draft: it holds the scratch memory of
@@ -130,7 +140,7 @@ func (d *Draft) missing(ctx context.Context, ids []ID, locs *[]Loc, mine *[]bool
 	}
 	unknown := ids[:0]
 	for i, id := range ids {
-		if !l[i].Sound() {
+		if !l[i].Reusable() {
 			unknown = append(unknown, id)
 		}
 	}
@@ -138,7 +148,7 @@ func (d *Draft) missing(ctx context.Context, ids []ID, locs *[]Loc, mine *[]bool
 	placed = d.repo.packer.claim(unknown, m[:len(unknown)])
 	k := len(unknown)
 	for i := len(l) - 1; i >= 0; i-- {
-		if l[i].Sound() {
+		if l[i].Reusable() {
 			m[i] = false
 			continue
 		}
@@ -158,9 +168,20 @@ func (w *ChunkWriter) store(ctx context.Context, id ID, kind uint8, plain []byte
 	if kind == KindPage || len(buf)-recordLen >= len(plain) {
 		buf, h.codec = append(buf[:recordLen], plain...), codecRaw
 	}
+	return w.put(ctx, h, buf)
+}
+
+// copy writes a record of another pack again: its header and its body decrypted.
+func (w *ChunkWriter) copy(ctx context.Context, h recordHeader, body []byte) (int, error) {
+	return w.put(ctx, h, append(w.buf[:recordLen], body...))
+}
+
+// put encrypts and writes the record in buf, which begins with room for its header;
+// of h, length and slot are filled in. buf becomes w's.
+func (w *ChunkWriter) put(ctx context.Context, h recordHeader, buf []byte) (int, error) {
 	p := w.draft.repo.packer
 	stored := len(buf) - recordLen + p.repo.overhead()
-	pack, off, slot, err := p.place(ctx, stored, PackRecord{ID: id, Plain: h.plain, Kind: kind})
+	pack, off, slot, err := p.place(ctx, stored, PackRecord{ID: h.id, Plain: h.plain, Kind: h.kind})
 	if err != nil {
 		return 0, err
 	}
@@ -303,8 +324,10 @@ func (d *Draft) Commit(ctx context.Context, p *Point) error {
 	return nil
 }
 
-// Close ends the draft. Chunks that it stored stay for the next run to find.
+// Close ends the draft. Chunks that it stored stay for the next run to find, until
+// a gc that comes first.
 func (d *Draft) Close() error {
+	defer d.end()
 	err := d.repo.packer.flush()
 	if errors.Is(err, context.Canceled) {
 		err = nil

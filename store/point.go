@@ -264,6 +264,19 @@ func (r *Repo) openSummary(sp SealedPoint) (Summary, error) {
 
 // readPoint reads one manifest from the bucket.
 func (r *Repo) readPoint(ctx context.Context, id PointID) (*Point, error) {
+	raw, err := r.readManifest(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	p, err := decodePoint(raw, id, r.id, r.keys)
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	return p, nil
+}
+
+// readManifest reads the object of a manifest.
+func (r *Repo) readManifest(ctx context.Context, id PointID) ([]byte, error) {
 	raw, err := readObject(ctx, r.bucket, pointObject(id), maxManifestLen)
 	if errors.Is(err, ErrDamaged) {
 		err = &DamageError{What: "manifest " + id.String(), Err: err}
@@ -271,9 +284,5 @@ func (r *Repo) readPoint(ctx context.Context, id PointID) (*Point, error) {
 	if err != nil {
 		return nil, fmt.Errorf("store: manifest %s: %w", id, err)
 	}
-	p, err := decodePoint(raw, id, r.id, r.keys)
-	if err != nil {
-		return nil, fmt.Errorf("store: %w", err)
-	}
-	return p, nil
+	return raw, nil
 }

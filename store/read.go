@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
+	"slices"
 	"sync"
 
 	"github.com/klauspost/compress/zstd"
@@ -101,6 +103,18 @@ func (c *packCache) forget(number uint32) {
 	}
 }
 
+// prune closes the packs that are gone, so that the medium can give back their room.
+func (c *packCache) prune(gone func(number uint32) bool) {
+	c.mu.Lock()
+	numbers := slices.Collect(maps.Keys(c.packs))
+	c.mu.Unlock()
+	for _, n := range numbers {
+		if gone(n) {
+			c.forget(n)
+		}
+	}
+}
+
 func (c *packCache) put(p *readPack) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -119,6 +133,9 @@ func (c *packCache) close() {
 
 func (r *Repo) openPack(ctx context.Context, number uint32) (*readPack, error) {
 	info, err := r.index.Pack(ctx, number)
+	if errors.Is(err, ErrNotExist) { // collected; what was in it is elsewhere now
+		return nil, &DamageError{What: fmt.Sprintf("pack number %d", number), Err: errors.New("gone")}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -247,6 +264,11 @@ func (r *Repo) openRecord(rec []byte, id ID, kind uint8, b box, dst []byte, deep
 	if err != nil {
 		return nil, err
 	}
+	return r.decodeBody(h, body, dst, deep)
+}
+
+// decodeBody decodes what proveRecord gave, into dst; deep compares the content with its id.
+func (r *Repo) decodeBody(h recordHeader, body, dst []byte, deep bool) ([]byte, error) {
 	if int(h.plain) > len(dst) {
 		return nil, errors.New("record length")
 	}
@@ -261,7 +283,7 @@ func (r *Repo) openRecord(rec []byte, id ID, kind uint8, b box, dst []byte, deep
 	default:
 		copy(plain, body)
 	}
-	if deep && r.hashOf(kind, plain) != id {
+	if deep && r.hashOf(h.kind, plain) != h.id {
 		return nil, errors.New("content hash")
 	}
 	return plain, nil
@@ -307,5 +329,11 @@ func (r *Repo) readPage(ctx context.Context, id ID) ([]byte, error) {
 	if err := r.index.Lookup(ctx, []ID{id}, loc[:]); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	return r.readRecord(ctx, id, KindPage, loc[0], make([]byte, maxPageLen), true)
+	b := make([]byte, maxPageLen)
+	var plain []byte
+	err := r.retried(ctx, id, loc[0], func(loc Loc) (err error) {
+		plain, err = r.readRecord(ctx, id, KindPage, loc, b, true)
+		return err
+	})
+	return plain, err
 }

@@ -103,6 +103,9 @@ type OpenOptions struct {
 	ChunkCache int64
 	// PageCache is the bytes of decoded chunk-map pages kept; 0 is 32 MiB.
 	PageCache int64
+	// Leases are shared with the other processes that use the repository; nil when
+	// there are none.
+	Leases Leases
 	// Warn is told what the user should know; nil drops it.
 	Warn func(string)
 }
@@ -115,6 +118,7 @@ type Repo struct {
 	keys     *keys
 	id       [16]byte
 	index    Index
+	leases   Leases
 	indexBox box
 	warn     func(string)
 
@@ -127,15 +131,9 @@ type Repo struct {
 	prepareMu sync.Mutex // guards following
 	prepared  bool       // index compared with the bucket for writing
 
-	pointsMu  sync.Mutex // guards following
-	pointsGen uint64
-	points    *listing
-
-	// sealedMu is never held during a call to the index: such a call may make this
-	// process the owner, which checks the index and comes here.
-	sealedMu  sync.Mutex    // guards following
-	sealed    []SealedPoint // as the check of the index saw them, at sealedGen
-	sealedGen uint64
+	pointsMu sync.Mutex         // guards following
+	points   *listing           // nil before the first use
+	pointVM  map[PointID]string // point => its VM, for the points of the listing
 
 	closed atomic.Bool
 }
@@ -163,6 +161,9 @@ func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOption
 		if passphrase, err = opt.Passphrase(); err != nil {
 			return nil, err
 		}
+	}
+	if r.leases = opt.Leases; r.leases == nil {
+		r.leases = &MemoryLeases{}
 	}
 	r.packer = newPacker(r)
 	r.packs.open = r.openPack
@@ -222,9 +223,12 @@ func (r *Repo) Stats(ctx context.Context) (RepoStats, error) {
 	if err != nil {
 		return RepoStats{}, err
 	}
-	s := RepoStats{VMs: len(l.byVM), Points: len(l.all)}
-	for _, p := range l.all {
-		s.Total += p.Total
+	s := RepoStats{VMs: len(l.byVM)}
+	for _, list := range l.byVM {
+		s.Points += len(list)
+		for _, p := range list {
+			s.Total += p.Total
+		}
 	}
 	for p, err := range r.index.Packs(ctx) {
 		if err != nil {
@@ -305,6 +309,11 @@ func (r *Repo) prepareWrite(ctx context.Context) error {
 // reconcile brings x up to date with the packs and manifests in the bucket.
 // It reads only names, and the footers and manifests that x lacks.
 func (r *Repo) reconcile(ctx context.Context, x Index, clean bool) error {
+	stale, err := r.reconcileGC(ctx, x) // before packs are added: some may be condemned
+	if err != nil {
+		return err
+	}
+	clean = clean && !stale
 	if !clean {
 		if err := r.reconcilePacks(ctx, x); err != nil {
 			return err
@@ -330,8 +339,7 @@ func (r *Repo) markEmptyWhole(ctx context.Context, x Index) error {
 	for _, err := range x.Packs(ctx) {
 		return err
 	}
-	points, err := x.Points(ctx)
-	if err != nil || len(points) > 0 {
+	for _, err := range x.Points(ctx, PointID{}) {
 		return err
 	}
 	return x.SetWhole(ctx)
@@ -362,22 +370,34 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index) error {
 			continue
 		}
 		recs, err := r.packTable(ctx, id)
+		if errors.Is(err, ErrNotExist) {
+			continue // collected meanwhile
+		}
 		if err != nil {
 			return err
 		}
 		if k, ok := known[id]; ok { // cut short: forget what it held
-			if err := x.DropPack(ctx, k.Number); err != nil {
+			if err := x.DropPack(ctx, k.ID, nil); err != nil {
 				return err
 			}
 		}
-		if err := x.AddPack(ctx, PackInfo{id, info.Size}, recs); err != nil {
+		if err := x.AddPack(ctx, PackInfo{ID: id, Size: info.Size}, recs); err != nil {
 			return err
 		}
 		delete(known, id)
 	}
 	for _, p := range known {
-		r.warn(fmt.Sprintf("pack %s is missing", p.ID))
-		if err := x.DropPack(ctx, p.Number); err != nil {
+		// A gc of another process may have removed the pack since the list was made.
+		switch _, err := x.Pack(ctx, p.Number); {
+		case errors.Is(err, ErrNotExist):
+			continue
+		case err != nil:
+			return err
+		}
+		if !p.Condemned {
+			r.warn(fmt.Sprintf("pack %s is missing", p.ID))
+		}
+		if err := x.DropPack(ctx, p.ID, nil); err != nil {
 			return err
 		}
 	}
@@ -416,16 +436,11 @@ func (r *Repo) packTable(ctx context.Context, id PackID) ([]PackRecord, error) {
 
 // reconcilePoints reports whether there were points that x did not have.
 func (r *Repo) reconcilePoints(ctx context.Context, x Index) (news bool, err error) {
-	gen, err := x.Generation(ctx)
-	if err != nil {
-		return false, err
-	}
-	list, err := x.Points(ctx)
-	if err != nil {
-		return false, err
-	}
-	known := make(map[PointID]bool, len(list))
-	for _, p := range list {
+	known := map[PointID]bool{}
+	for p, err := range x.Points(ctx, PointID{}) {
+		if err != nil {
+			return false, err
+		}
 		known[p.ID] = true
 	}
 	for name, err := range bucket.Names(ctx, r.bucket, pointPrefix) {
@@ -460,9 +475,6 @@ func (r *Repo) reconcilePoints(ctx context.Context, x Index) (news bool, err err
 			return false, err
 		}
 	}
-	r.sealedMu.Lock()
-	defer r.sealedMu.Unlock()
-	r.sealed, r.sealedGen = list, gen // the first listing needs them again
 	return news, nil
 }
 
@@ -488,74 +500,23 @@ func (r *Repo) putSummaryIn(ctx context.Context, x Index, s *Summary) error {
 	if err != nil {
 		return err
 	}
-	return x.PutPoint(ctx, SealedPoint{ID: s.ID, Summary: sealed})
+	if err := x.PutPoint(ctx, SealedPoint{ID: s.ID, Summary: sealed}); err != nil {
+		return err
+	}
+	// Who forgets a point takes the manifest away, then the summary: it must not
+	// come back because it was read before.
+	o, err := r.bucket.Open(ctx, pointObject(s.ID))
+	if errors.Is(err, ErrNotExist) {
+		return x.DropPoint(ctx, s.ID)
+	}
+	if err == nil {
+		o.Close()
+	}
+	return nil
 }
 
 // Generation grows whenever a point comes or goes.
 func (r *Repo) Generation(ctx context.Context) (uint64, error) { return r.index.Generation(ctx) }
-
-// listing is the points at one generation; immutable.
-type listing struct {
-	all    []Summary         // by VM, then from old to new
-	byVM   map[string][2]int // VM => its range of all
-	byPath map[string]int    // VM/NAME => place in all
-}
-
-// list gives the present listing.
-func (r *Repo) list(ctx context.Context) (*listing, error) {
-	gen, err := r.index.Generation(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("store: %w", err)
-	}
-	r.pointsMu.Lock()
-	defer r.pointsMu.Unlock()
-	if r.points != nil && r.pointsGen == gen {
-		return r.points, nil
-	}
-	r.sealedMu.Lock()
-	sealed := r.sealed
-	if r.sealedGen != gen {
-		sealed = nil
-	}
-	r.sealed = nil
-	r.sealedMu.Unlock()
-	if sealed == nil {
-		if sealed, err = r.index.Points(ctx); err != nil {
-			return nil, fmt.Errorf("store: %w", err)
-		}
-	}
-	l := &listing{all: make([]Summary, 0, len(sealed)), byVM: map[string][2]int{}, byPath: make(map[string]int, len(sealed))}
-	for _, sp := range sealed {
-		s, err := r.openSummary(sp)
-		if err != nil { // the index is only a cache of it
-			if s, err = r.summaryOf(ctx, sp.ID); err != nil {
-				return nil, err
-			}
-		}
-		l.all = append(l.all, s)
-	}
-	slices.SortFunc(l.all, func(a, b Summary) int {
-		return cmp.Or(cmp.Compare(a.VM, b.VM), a.Time.Compare(b.Time), cmp.Compare(len(a.Name), len(b.Name)),
-			cmp.Compare(a.Name, b.Name), slices.Compare(a.ID[:], b.ID[:]))
-	})
-	for i, s := range l.all {
-		v, ok := l.byVM[s.VM]
-		if !ok {
-			v[0] = i
-		}
-		v[1] = i + 1
-		l.byVM[s.VM] = v
-		l.byPath[s.Path()] = i
-	}
-	r.points, r.pointsGen = l, gen
-	return l, nil
-}
-
-// of gives the points of a VM.
-func (l *listing) of(vm string) []Summary {
-	v := l.byVM[vm]
-	return l.all[v[0]:v[1]]
-}
 
 // Points lists all points, by VM, then from old to new. The slice is shared: do
 // not change it.
@@ -564,7 +525,7 @@ func (r *Repo) Points(ctx context.Context) ([]Summary, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.all, nil
+	return l.all(), nil
 }
 
 // PointsOf lists the points of one VM, from old to new; none when there is no
@@ -574,7 +535,7 @@ func (r *Repo) PointsOf(ctx context.Context, vm string) ([]Summary, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.of(vm), nil
+	return l.byVM[vm], nil
 }
 
 // Named gives the point with exactly that VM and name.
@@ -583,11 +544,11 @@ func (r *Repo) Named(ctx context.Context, vm, name string) (Summary, error) {
 	if err != nil {
 		return Summary{}, err
 	}
-	i, ok := l.byPath[vm+"/"+name]
+	s, ok := l.named(vm, name)
 	if !ok {
 		return Summary{}, fmt.Errorf("no point %q: %w", vm+"/"+name, ErrNotExist)
 	}
-	return l.all[i], nil
+	return s, nil
 }
 
 // Point reads the manifest of a point.
@@ -618,16 +579,15 @@ func (r *Repo) Find(ctx context.Context, ref string) (Summary, error) {
 	if err != nil {
 		return Summary{}, err
 	}
-	list := l.all
 	ref = strings.Trim(ref, "/")
 	if vm, name, ok := cutLast(ref, "/"); ok {
 		if name == "latest" {
 			return r.Latest(ctx, vm)
 		}
-		if i, ok := l.byPath[ref]; ok {
-			return list[i], nil
+		if s, ok := l.named(vm, name); ok {
+			return s, nil
 		}
-		for _, s := range slices.Backward(l.of(vm)) {
+		for _, s := range slices.Backward(l.byVM[vm]) {
 			if len(name) >= len("2006") && strings.HasPrefix(s.Name, name) && s.Damaged == "" {
 				return s, nil
 			}
@@ -638,8 +598,11 @@ func (r *Repo) Find(ctx context.Context, ref string) (Summary, error) {
 		return Summary{}, fmt.Errorf("no point %q: %w", ref, ErrNotExist)
 	}
 	var found *Summary
-	for i := range list {
-		if strings.HasPrefix(list[i].ID.String(), ref) {
+	for _, list := range l.byVM {
+		for i := range list {
+			if !strings.HasPrefix(list[i].ID.String(), ref) {
+				continue
+			}
 			if found != nil {
 				return Summary{}, fmt.Errorf("id prefix %q is %w: %s and %s", ref, ErrAmbiguous, found.Path(), list[i].Path())
 			}

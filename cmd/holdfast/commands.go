@@ -106,6 +106,19 @@ func commands() []command {
 			needs: needRepository, run: runVerify,
 		},
 		{
+			name: "gc", usage: "[--dry-run] [--repack-below 50%] [--ignore-missing]",
+			short: "give back the space of forgotten restore points",
+			long: "Runs beside backups, mounts and restores. What a backup at work may still need is kept, and\n" +
+				"removed by the next gc.",
+			flags: []cli.Flag{
+				&cli.BoolFlag{DisableDefaultText: true, Name: "dry-run", Usage: "only say what would be done"},
+				&cli.StringFlag{Name: "repack-below", Value: "50%", Usage: "rewrite packs of which less than `PERCENT` is in use"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "ignore-missing", Usage: "go on though restore points lack chunks"},
+			},
+			needs: needRepository, run: runGC,
+			check: func(c *call) error { _, err := share(c.String("repack-below")); return err },
+		},
+		{
 			name: "stats", short: "show what the repository holds and saves",
 			needs: needRepository, run: runStats,
 		},

@@ -135,6 +135,11 @@ func runCp(ctx context.Context, c *call) error {
 func (c *call) copyOut(ctx context.Context, n fs.Node, to string) error {
 	switch n := n.(type) {
 	case fs.File:
+		release, err := n.Hold(ctx)
+		if err != nil {
+			return err
+		}
+		defer release()
 		img, err := n.Image(ctx)
 		if err != nil {
 			return err

@@ -23,6 +23,7 @@ func (c *call) open(ctx context.Context) (*store.Repo, error) {
 	}
 	r, err := store.Open(ctx, b, remote.Index(c.repo), store.OpenOptions{
 		Passphrase: func() ([]byte, error) { return c.password(ctx) },
+		Leases:     remote.Leases(c.repo),
 		Warn:       func(text string) { c.progress.warn("%s", text) },
 	})
 	if err != nil {

@@ -33,10 +33,15 @@ type restoreResult struct {
 func runRestore(ctx context.Context, c *call) error {
 	began := time.Now()
 	return c.withRepo(ctx, func(r *store.Repo) error {
-		p, err := findPoint(ctx, r, c.args[0])
+		s, err := r.Find(ctx, c.args[0])
 		if err != nil {
 			return err
 		}
+		p, release, err := r.Hold(ctx, s.ID)
+		if err != nil {
+			return err
+		}
+		defer release()
 		disks := p.Disks
 		if want := c.String("disk"); want != "" {
 			disks = nil

@@ -278,17 +278,23 @@ func (n *fileNode) Open(ctx context.Context, flags uint32) (gofs.FileHandle, uin
 	if flags&syscall.O_ACCMODE != syscall.O_RDONLY {
 		return nil, 0, syscall.EROFS
 	}
-	img, err := n.file.Image(ctx)
+	release, err := n.file.Hold(ctx)
 	if err != nil {
 		return nil, 0, n.conn.errno(err)
 	}
-	return &handle{conn: n.conn, img: img}, fuse.FOPEN_KEEP_CACHE, 0
+	img, err := n.file.Image(ctx)
+	if err != nil {
+		release()
+		return nil, 0, n.conn.errno(err)
+	}
+	return &handle{conn: n.conn, img: img, release: release}, fuse.FOPEN_KEEP_CACHE, 0
 }
 
 // handle is an open file.
 type handle struct {
-	conn *conn
-	img  fs.Image
+	conn    *conn
+	img     fs.Image
+	release func() // of the hold
 
 	mu   sync.Mutex // guards following
 	seek *holeCursor
@@ -343,6 +349,7 @@ func (h *handle) Lseek(_ context.Context, off uint64, whence uint32) (uint64, sy
 }
 
 func (h *handle) Release(context.Context) syscall.Errno {
+	h.release()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.seek != nil {

@@ -136,20 +136,12 @@ const lookupBatch = 1 << 15
 func (c *client) Lookup(ctx context.Context, ids []store.ID, locs []store.Loc) error {
 	for len(ids) > 0 {
 		n := min(len(ids), lookupBatch)
-		in, err := c.call(ctx, opLookup, func(b []byte) []byte {
-			b = binary.LittleEndian.AppendUint32(b, uint32(n))
-			for _, id := range ids[:n] {
-				b = append(b, id[:]...)
-			}
-			return b
-		})
+		in, err := c.call(ctx, opLookup, func(b []byte) []byte { return putIDs(b, ids[:n]) })
 		if err != nil {
 			return err
 		}
 		for i := range n {
-			locs[i] = store.Loc{Pack: in.u32(), Off: in.u32(), Len: in.u32()}
-			f := in.take(1)
-			locs[i].Suspect = f != nil && f[0] == 1
+			locs[i] = in.loc()
 		}
 		if err := in.end(); err != nil {
 			return err
@@ -162,8 +154,7 @@ func (c *client) Lookup(ctx context.Context, ids []store.ID, locs []store.Loc) e
 func (c *client) AddPack(ctx context.Context, pack store.PackInfo, recs []store.PackRecord) error {
 	le := binary.LittleEndian
 	_, err := c.call(ctx, opAddPack, func(b []byte) []byte {
-		b = le.AppendUint64(append(b, pack.ID[:]...), uint64(pack.Size))
-		b = le.AppendUint32(b, uint32(len(recs)))
+		b = le.AppendUint32(putPack(b, pack), uint32(len(recs)))
 		for _, r := range recs {
 			b = append(b, r.ID[:]...)
 			b = le.AppendUint32(le.AppendUint32(le.AppendUint32(b, r.Off), r.Len), r.Plain)
@@ -185,9 +176,7 @@ func (c *client) Packs(ctx context.Context) iter.Seq2[store.NumberedPack, error]
 			f := in.take(1)
 			more = f != nil && f[0] == 1
 			for len(in.b) > 0 && in.err == nil {
-				p := store.NumberedPack{Number: in.u32()}
-				copy(p.ID[:], in.take(32))
-				p.Size = int64(in.u64())
+				p := store.NumberedPack{Number: in.u32(), PackInfo: in.pack(), Condemned: in.u8() == 1}
 				after = p.Number
 				if in.err == nil && !yield(p, nil) {
 					return
@@ -206,26 +195,53 @@ func (c *client) Pack(ctx context.Context, number uint32) (p store.PackInfo, err
 	if err != nil {
 		return p, err
 	}
-	copy(p.ID[:], in.take(32))
-	p.Size = int64(in.u64())
+	p = in.pack()
 	return p, in.end()
 }
 
-func (c *client) DropPack(ctx context.Context, number uint32) error {
-	_, err := c.call(ctx, opDropPack, func(b []byte) []byte { return binary.LittleEndian.AppendUint32(b, number) })
+func (c *client) DropPack(ctx context.Context, pack store.PackID, ids []store.ID) error {
+	_, err := c.call(ctx, opDropPack, func(b []byte) []byte { return putIDs(append(b, pack[:]...), ids) })
 	return err
+}
+
+func (c *client) Incarnation(ctx context.Context) (uint64, error) {
+	in, err := c.call(ctx, opIncarnation, func(b []byte) []byte { return b })
+	if err != nil {
+		return 0, err
+	}
+	return in.u64(), in.end()
+}
+
+func (c *client) NextPack(ctx context.Context) (uint32, error) {
+	in, err := c.call(ctx, opNextPack, func(b []byte) []byte { return b })
+	if err != nil {
+		return 0, err
+	}
+	return in.u32(), in.end()
+}
+
+func (c *client) Condemn(ctx context.Context, old [16]byte, set store.Condemned) (bool, error) {
+	in, err := c.call(ctx, opCondemn, func(b []byte) []byte {
+		return putIDs(append(append(b, old[:]...), set.Epoch[:]...), set.Packs)
+	})
+	if err != nil {
+		return false, err
+	}
+	return in.u8() == 1, in.end()
+}
+
+func (c *client) Epoch(ctx context.Context) (e [16]byte, err error) {
+	in, err := c.call(ctx, opEpoch, func(b []byte) []byte { return b })
+	if err != nil {
+		return e, err
+	}
+	copy(e[:], in.take(16))
+	return e, in.end()
 }
 
 func (c *client) Suspect(ctx context.Context, ids []store.ID) error {
 	for part := range slices.Chunk(ids, lookupBatch) {
-		_, err := c.call(ctx, opSuspect, func(b []byte) []byte {
-			b = binary.LittleEndian.AppendUint32(b, uint32(len(part)))
-			for _, id := range part {
-				b = append(b, id[:]...)
-			}
-			return b
-		})
-		if err != nil {
+		if _, err := c.call(ctx, opSuspect, func(b []byte) []byte { return putIDs(b, part) }); err != nil {
 			return err
 		}
 	}
@@ -265,32 +281,81 @@ func (c *client) PutPages(ctx context.Context, ids []store.ID, pages [][]byte) e
 	return err
 }
 
-func (c *client) Points(ctx context.Context) ([]store.SealedPoint, error) {
-	var list []store.SealedPoint
-	var after store.PointID
-	for more := true; more; {
-		in, err := c.call(ctx, opPoints, func(b []byte) []byte { return append(b, after[:]...) })
-		if err != nil {
-			return nil, err
-		}
-		f := in.take(1)
-		more = f != nil && f[0] == 1
-		for len(in.b) > 0 && in.err == nil {
-			var p store.SealedPoint
-			copy(p.ID[:], in.take(16))
-			p.Summary = in.bytes()
-			after = p.ID
-			list = append(list, p)
-		}
-		if err := in.end(); err != nil {
-			return nil, err
+func (c *client) PageIDs(ctx context.Context, after store.ID) iter.Seq2[store.ID, error] {
+	return func(yield func(store.ID, error) bool) {
+		for more := true; more; {
+			in, err := c.call(ctx, opPageIDs, func(b []byte) []byte { return append(b, after[:]...) })
+			if err != nil {
+				yield(store.ID{}, err)
+				return
+			}
+			more = in.u8() == 1
+			for len(in.b) > 0 && in.err == nil {
+				copy(after[:], in.take(32))
+				if in.err == nil && !yield(after, nil) {
+					return
+				}
+			}
+			if err := in.end(); err != nil {
+				yield(store.ID{}, err)
+				return
+			}
 		}
 	}
-	return list, nil
+}
+
+func (c *client) DropPages(ctx context.Context, ids []store.ID) error {
+	for part := range slices.Chunk(ids, lookupBatch) {
+		if _, err := c.call(ctx, opDropPages, func(b []byte) []byte { return putIDs(b, part) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *client) Points(ctx context.Context, after store.PointID) iter.Seq2[store.SealedPoint, error] {
+	return func(yield func(store.SealedPoint, error) bool) {
+		for more := true; more; {
+			in, err := c.call(ctx, opPoints, func(b []byte) []byte { return append(b, after[:]...) })
+			if err != nil {
+				yield(store.SealedPoint{}, err)
+				return
+			}
+			more = in.u8() == 1
+			for len(in.b) > 0 && in.err == nil {
+				p := in.point()
+				after = p.ID
+				if in.err == nil && !yield(p, nil) {
+					return
+				}
+			}
+			if err := in.end(); err != nil {
+				yield(store.SealedPoint{}, err)
+				return
+			}
+		}
+	}
+}
+
+func (c *client) Changes(ctx context.Context, since uint64) (ch store.Changes, err error) {
+	in, err := c.call(ctx, opChanges, func(b []byte) []byte { return binary.LittleEndian.AppendUint64(b, since) })
+	if err != nil {
+		return ch, err
+	}
+	ch.Generation, ch.Unknown = in.u64(), in.u8() == 1
+	for range in.count(16) {
+		var id store.PointID
+		copy(id[:], in.take(16))
+		ch.Dropped = append(ch.Dropped, id)
+	}
+	for range in.count(20) {
+		ch.Put = append(ch.Put, in.point())
+	}
+	return ch, in.end()
 }
 
 func (c *client) PutPoint(ctx context.Context, p store.SealedPoint) error {
-	_, err := c.call(ctx, opPutPoint, func(b []byte) []byte { return putBytes(append(b, p.ID[:]...), p.Summary) })
+	_, err := c.call(ctx, opPutPoint, func(b []byte) []byte { return putPoint(b, p) })
 	return err
 }
 

@@ -247,24 +247,31 @@ func (x *index) AddPack(ctx context.Context, pack store.PackInfo, recs []store.P
 }
 
 func (x *index) Packs(ctx context.Context) iter.Seq2[store.NumberedPack, error] {
-	return func(yield func(store.NumberedPack, error) bool) {
-		var list []store.NumberedPack
+	return listed(ctx, x, func(i store.Index) iter.Seq2[store.NumberedPack, error] { return i.Packs(ctx) })
+}
+
+// listed gathers a listing before it gives any of it: should the owner end in the
+// middle, the next one lists again from the beginning.
+func listed[T any](ctx context.Context, x *index, from func(store.Index) iter.Seq2[T, error]) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var list []T
 		err := x.do(ctx, func(i store.Index) error {
 			list = list[:0]
-			for p, err := range i.Packs(ctx) {
+			for v, err := range from(i) {
 				if err != nil {
 					return err
 				}
-				list = append(list, p)
+				list = append(list, v)
 			}
 			return nil
 		})
 		if err != nil {
-			yield(store.NumberedPack{}, err)
+			var none T
+			yield(none, err)
 			return
 		}
-		for _, p := range list {
-			if !yield(p, nil) {
+		for _, v := range list {
+			if !yield(v, nil) {
 				return
 			}
 		}
@@ -276,8 +283,28 @@ func (x *index) Pack(ctx context.Context, number uint32) (p store.PackInfo, err 
 	return p, err
 }
 
-func (x *index) DropPack(ctx context.Context, number uint32) error {
-	return x.do(ctx, func(i store.Index) error { return i.DropPack(ctx, number) })
+func (x *index) DropPack(ctx context.Context, pack store.PackID, ids []store.ID) error {
+	return x.do(ctx, func(i store.Index) error { return i.DropPack(ctx, pack, ids) })
+}
+
+func (x *index) Incarnation(ctx context.Context) (n uint64, err error) {
+	err = x.do(ctx, func(i store.Index) error { n, err = i.Incarnation(ctx); return err })
+	return n, err
+}
+
+func (x *index) NextPack(ctx context.Context) (n uint32, err error) {
+	err = x.do(ctx, func(i store.Index) error { n, err = i.NextPack(ctx); return err })
+	return n, err
+}
+
+func (x *index) Condemn(ctx context.Context, old [16]byte, c store.Condemned) (done bool, err error) {
+	err = x.do(ctx, func(i store.Index) error { done, err = i.Condemn(ctx, old, c); return err })
+	return done, err
+}
+
+func (x *index) Epoch(ctx context.Context) (e [16]byte, err error) {
+	err = x.do(ctx, func(i store.Index) error { e, err = i.Epoch(ctx); return err })
+	return e, err
 }
 
 func (x *index) Suspect(ctx context.Context, ids []store.ID) error {
@@ -302,9 +329,21 @@ func (x *index) PutPages(ctx context.Context, ids []store.ID, pages [][]byte) er
 	return x.do(ctx, func(i store.Index) error { return i.PutPages(ctx, ids, pages) })
 }
 
-func (x *index) Points(ctx context.Context) (list []store.SealedPoint, err error) {
-	err = x.do(ctx, func(i store.Index) error { list, err = i.Points(ctx); return err })
-	return list, err
+func (x *index) PageIDs(ctx context.Context, after store.ID) iter.Seq2[store.ID, error] {
+	return listed(ctx, x, func(i store.Index) iter.Seq2[store.ID, error] { return i.PageIDs(ctx, after) })
+}
+
+func (x *index) DropPages(ctx context.Context, ids []store.ID) error {
+	return x.do(ctx, func(i store.Index) error { return i.DropPages(ctx, ids) })
+}
+
+func (x *index) Points(ctx context.Context, after store.PointID) iter.Seq2[store.SealedPoint, error] {
+	return listed(ctx, x, func(i store.Index) iter.Seq2[store.SealedPoint, error] { return i.Points(ctx, after) })
+}
+
+func (x *index) Changes(ctx context.Context, since uint64) (c store.Changes, err error) {
+	err = x.do(ctx, func(i store.Index) error { c, err = i.Changes(ctx, since); return err })
+	return c, err
 }
 
 func (x *index) PutPoint(ctx context.Context, p store.SealedPoint) error {

@@ -169,10 +169,7 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 	le := binary.LittleEndian
 	switch op {
 	case opLookup:
-		ids := make([]store.ID, in.count(32))
-		for i := range ids {
-			copy(ids[i][:], in.take(32))
-		}
+		ids := takeIDs[store.ID](in)
 		if err := in.end(); err != nil {
 			return nil, err
 		}
@@ -181,22 +178,17 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 			return nil, err
 		}
 		for _, l := range locs {
-			out = le.AppendUint32(le.AppendUint32(le.AppendUint32(out, l.Pack), l.Off), l.Len)
-			out = append(out, flag(l.Suspect))
+			out = putLoc(out, l)
 		}
 		return out, nil
 	case opAddPack:
-		var pack store.PackInfo
-		copy(pack.ID[:], in.take(32))
-		pack.Size = int64(in.u64())
+		pack := in.pack()
 		recs := make([]store.PackRecord, in.count(45))
 		for i := range recs {
 			r := &recs[i]
 			copy(r.ID[:], in.take(32))
 			r.Off, r.Len, r.Plain = in.u32(), in.u32(), in.u32()
-			if k := in.take(1); k != nil {
-				r.Kind = k[0]
-			}
+			r.Kind = in.u8()
 		}
 		if err := in.end(); err != nil {
 			return nil, err
@@ -214,18 +206,46 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 			return nil, err
 		}
 		p, err := s.index.Pack(ctx, n)
-		return le.AppendUint64(append(out, p.ID[:]...), uint64(p.Size)), err
+		return putPack(out, p), err
 	case opDropPack:
-		n := in.u32()
+		var pack store.PackID
+		copy(pack[:], in.take(32))
+		ids := takeIDs[store.ID](in)
 		if err := in.end(); err != nil {
 			return nil, err
 		}
-		return out, s.index.DropPack(ctx, n)
-	case opSuspect:
-		ids := make([]store.ID, in.count(32))
-		for i := range ids {
-			copy(ids[i][:], in.take(32))
+		return out, s.index.DropPack(ctx, pack, ids)
+	case opIncarnation:
+		if err := in.end(); err != nil {
+			return nil, err
 		}
+		n, err := s.index.Incarnation(ctx)
+		return le.AppendUint64(out, n), err
+	case opNextPack:
+		if err := in.end(); err != nil {
+			return nil, err
+		}
+		n, err := s.index.NextPack(ctx)
+		return le.AppendUint32(out, n), err
+	case opCondemn:
+		var old [16]byte
+		var c store.Condemned
+		copy(old[:], in.take(16))
+		copy(c.Epoch[:], in.take(16))
+		c.Packs = takeIDs[store.PackID](in)
+		if err := in.end(); err != nil {
+			return nil, err
+		}
+		done, err := s.index.Condemn(ctx, old, c)
+		return append(out, flag(done)), err
+	case opEpoch:
+		if err := in.end(); err != nil {
+			return nil, err
+		}
+		e, err := s.index.Epoch(ctx)
+		return append(out, e[:]...), err
+	case opSuspect:
+		ids := takeIDs[store.ID](in)
 		if err := in.end(); err != nil {
 			return nil, err
 		}
@@ -259,6 +279,19 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 			return nil, err
 		}
 		return out, s.index.PutPages(ctx, ids, pages)
+	case opPageIDs:
+		var after store.ID
+		copy(after[:], in.take(32))
+		if err := in.end(); err != nil {
+			return nil, err
+		}
+		return s.pageIDs(ctx, after, out)
+	case opDropPages:
+		ids := takeIDs[store.ID](in)
+		if err := in.end(); err != nil {
+			return nil, err
+		}
+		return out, s.index.DropPages(ctx, ids)
 	case opPoints:
 		var after store.PointID
 		copy(after[:], in.take(16))
@@ -266,10 +299,27 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 			return nil, err
 		}
 		return s.points(ctx, after, out)
+	case opChanges:
+		since := in.u64()
+		if err := in.end(); err != nil {
+			return nil, err
+		}
+		c, err := s.index.Changes(ctx, since)
+		if err != nil {
+			return nil, err
+		}
+		out = append(le.AppendUint64(out, c.Generation), flag(c.Unknown))
+		out = le.AppendUint32(out, uint32(len(c.Dropped)))
+		for _, id := range c.Dropped {
+			out = append(out, id[:]...)
+		}
+		out = le.AppendUint32(out, uint32(len(c.Put)))
+		for _, p := range c.Put {
+			out = putPoint(out, p)
+		}
+		return out, nil
 	case opPutPoint:
-		var p store.SealedPoint
-		copy(p.ID[:], in.take(16))
-		p.Summary = in.bytes()
+		p := in.point()
 		if err := in.end(); err != nil {
 			return nil, err
 		}
@@ -311,37 +361,48 @@ func (s *server) packs(ctx context.Context, after uint32, out []byte) ([]byte, e
 		}
 	}
 	slices.SortFunc(list, func(a, b store.NumberedPack) int { return int(int64(a.Number) - int64(b.Number)) })
-	more := len(list) > pageOfListing/44
+	more := len(list) > pageOfListing/49
 	if more {
-		list = list[:pageOfListing/44]
+		list = list[:pageOfListing/49]
 	}
 	out = append(out, flag(more))
 	for _, p := range list {
 		out = binary.LittleEndian.AppendUint32(out, p.Number)
-		out = append(out, p.ID[:]...)
-		out = binary.LittleEndian.AppendUint64(out, uint64(p.Size))
+		out = append(putPack(out, p.PackInfo), flag(p.Condemned))
+	}
+	return out, nil
+}
+
+// pageIDs lists pages in order of ids, likewise.
+func (s *server) pageIDs(ctx context.Context, after store.ID, out []byte) ([]byte, error) {
+	at := len(out)
+	out = append(out, 0)
+	for id, err := range s.index.PageIDs(ctx, after) {
+		if err != nil {
+			return nil, err
+		}
+		if len(out) > pageOfListing {
+			out[at] = 1
+			break
+		}
+		out = append(out, id[:]...)
 	}
 	return out, nil
 }
 
 // points lists the points in order of ids, likewise.
 func (s *server) points(ctx context.Context, after store.PointID, out []byte) ([]byte, error) {
-	list, err := s.index.Points(ctx)
-	if err != nil {
-		return nil, err
-	}
-	slices.SortFunc(list, func(a, b store.SealedPoint) int { return slices.Compare(a.ID[:], b.ID[:]) })
 	at := len(out)
 	out = append(out, 0)
-	for _, p := range list {
-		if slices.Compare(p.ID[:], after[:]) <= 0 {
-			continue
+	for p, err := range s.index.Points(ctx, after) {
+		if err != nil {
+			return nil, err
 		}
 		if len(out) > pageOfListing {
 			out[at] = 1
 			break
 		}
-		out = putBytes(append(out, p.ID[:]...), p.Summary)
+		out = putPoint(out, p)
 	}
 	return out, nil
 }

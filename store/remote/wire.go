@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+
+	"github.com/holdfast-backup/holdfast/store"
 )
 
 // The protocol on the socket. Both sides send frames, little-endian:
@@ -15,7 +17,7 @@ import (
 // Responses come in any order and carry the number of their request. The first
 // request of a connection is hello: protocol version u32, repository id 16.
 const (
-	protocolVersion = 1
+	protocolVersion = 2
 	maxFrame        = 16 << 20 // bytes; a longer frame ends the connection
 	pageOfListing   = 2 << 20  // bytes after which a listing is continued by another request
 )
@@ -27,15 +29,22 @@ const (
 	opPacks
 	opPack
 	opDropPack
+	opNextPack
+	opCondemn
+	opIncarnation
+	opEpoch
 	opSuspect
 	opWhole
 	opSetWhole
 	opPage
 	opPutPages
+	opPageIDs
+	opDropPages
 	opPoints
 	opPutPoint
 	opDropPoint
 	opGeneration
+	opChanges
 	opReserve
 )
 
@@ -84,6 +93,73 @@ func finish(b []byte) ([]byte, error) {
 	}
 	binary.LittleEndian.PutUint32(b, uint32(len(b)-4))
 	return b, nil
+}
+
+// putIDs appends a list of ids and their number.
+func putIDs[T ~[32]byte](b []byte, ids []T) []byte {
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(ids)))
+	for _, id := range ids {
+		b = append(b, id[:]...)
+	}
+	return b
+}
+
+// takeIDs is its counterpart.
+func takeIDs[T ~[32]byte](c *cursor) []T {
+	ids := make([]T, c.count(32))
+	for i := range ids {
+		copy(ids[i][:], c.take(32))
+	}
+	return ids
+}
+
+// A Loc on the wire: pack, offset, length, slot u32, then a byte of flags.
+const (
+	flagSuspect = 1 << iota
+	flagCondemned
+)
+
+func putLoc(b []byte, l store.Loc) []byte {
+	le := binary.LittleEndian
+	b = le.AppendUint32(le.AppendUint32(le.AppendUint32(le.AppendUint32(b, l.Pack), l.Off), l.Len), l.Slot)
+	return append(b, flag(l.Suspect)*flagSuspect|flag(l.Condemned)*flagCondemned)
+}
+
+func (c *cursor) loc() store.Loc {
+	l := store.Loc{Pack: c.u32(), Off: c.u32(), Len: c.u32(), Slot: c.u32()}
+	f := c.u8()
+	l.Suspect, l.Condemned = f&flagSuspect != 0, f&flagCondemned != 0
+	return l
+}
+
+// A line of the registry: id 32, size u64, records u32.
+func putPack(b []byte, p store.PackInfo) []byte {
+	b = binary.LittleEndian.AppendUint64(append(b, p.ID[:]...), uint64(p.Size))
+	return binary.LittleEndian.AppendUint32(b, p.Records)
+}
+
+func (c *cursor) pack() (p store.PackInfo) {
+	copy(p.ID[:], c.take(32))
+	p.Size, p.Records = int64(c.u64()), c.u32()
+	return p
+}
+
+// A point: id 16, length u32, summary.
+func putPoint(b []byte, p store.SealedPoint) []byte {
+	return putBytes(append(b, p.ID[:]...), p.Summary)
+}
+
+func (c *cursor) point() (p store.SealedPoint) {
+	copy(p.ID[:], c.take(16))
+	p.Summary = c.bytes()
+	return p
+}
+
+func (c *cursor) u8() uint8 {
+	if v := c.take(1); v != nil {
+		return v[0]
+	}
+	return 0
 }
 
 var errShort = errors.New("malformed message")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"iter"
 	"maps"
+	"slices"
 	"sync"
 
 	"github.com/holdfast-backup/holdfast/store"
@@ -20,6 +21,7 @@ type mapIndex struct {
 	names      map[string]int // name => how often handed out
 	next       uint32
 	generation uint64
+	condemned  store.Condemned
 }
 
 var _ store.Index = (*mapIndex)(nil)
@@ -36,7 +38,7 @@ func (x *mapIndex) clone() *mapIndex {
 	defer x.mu.Unlock()
 	return &mapIndex{
 		locs: maps.Clone(x.locs), packs: maps.Clone(x.packs), pages: maps.Clone(x.pages),
-		points: maps.Clone(x.points), names: map[string]int{}, next: x.next, generation: x.generation,
+		points: maps.Clone(x.points), names: map[string]int{}, next: x.next, generation: x.generation, condemned: x.condemned,
 	}
 }
 
@@ -53,6 +55,7 @@ func (x *mapIndex) Lookup(_ context.Context, ids []store.ID, locs []store.Loc) e
 	for i, id := range ids {
 		locs[i] = store.Loc{}
 		if l, ok := x.locs[id]; ok && x.packs[l.Pack] != (store.PackInfo{}) {
+			l.Condemned = slices.Contains(x.condemned.Packs, x.packs[l.Pack].ID)
 			locs[i] = l
 		}
 	}
@@ -67,9 +70,12 @@ func (x *mapIndex) AddPack(_ context.Context, pack store.PackInfo, recs []store.
 			return nil
 		}
 	}
-	for _, r := range recs {
-		x.locs[r.ID] = store.Loc{Pack: x.next, Off: r.Off, Len: r.Len}
+	recs = slices.Clone(recs)
+	slices.SortFunc(recs, func(a, b store.PackRecord) int { return int(a.Off) - int(b.Off) })
+	for i, r := range recs {
+		x.locs[r.ID] = store.Loc{Pack: x.next, Off: r.Off, Len: r.Len, Slot: uint32(i)}
 	}
+	pack.Records = uint32(len(recs))
 	x.packs[x.next] = pack
 	x.next++
 	return nil
@@ -81,7 +87,7 @@ func (x *mapIndex) Packs(context.Context) iter.Seq2[store.NumberedPack, error] {
 	x.mu.Unlock()
 	return func(yield func(store.NumberedPack, error) bool) {
 		for n, p := range packs {
-			if !yield(store.NumberedPack{Number: n, PackInfo: p}, nil) {
+			if !yield(store.NumberedPack{Number: n, PackInfo: p, Condemned: slices.Contains(x.condemned.Packs, p.ID)}, nil) {
 				return
 			}
 		}
@@ -98,11 +104,64 @@ func (x *mapIndex) Pack(_ context.Context, number uint32) (store.PackInfo, error
 	return p, nil
 }
 
-func (x *mapIndex) DropPack(_ context.Context, number uint32) error {
+func (x *mapIndex) DropPack(_ context.Context, id store.PackID, _ []store.ID) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	delete(x.packs, number)
+	maps.DeleteFunc(x.packs, func(_ uint32, p store.PackInfo) bool { return p.ID == id })
 	return nil
+}
+
+func (x *mapIndex) Incarnation(context.Context) (uint64, error) { return 1, nil }
+
+func (x *mapIndex) NextPack(context.Context) (uint32, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.next, nil
+}
+
+func (x *mapIndex) Condemn(_ context.Context, old [16]byte, c store.Condemned) (bool, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.condemned.Epoch != old {
+		return false, nil
+	}
+	x.condemned = c
+	return true, nil
+}
+
+func (x *mapIndex) Epoch(context.Context) ([16]byte, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.condemned.Epoch, nil
+}
+
+func (x *mapIndex) PageIDs(_ context.Context, after store.ID) iter.Seq2[store.ID, error] {
+	x.mu.Lock()
+	ids := slices.SortedFunc(maps.Keys(x.pages), func(a, b store.ID) int { return slices.Compare(a[:], b[:]) })
+	x.mu.Unlock()
+	return func(yield func(store.ID, error) bool) {
+		for _, id := range ids {
+			if slices.Compare(id[:], after[:]) > 0 && !yield(id, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (x *mapIndex) DropPages(_ context.Context, ids []store.ID) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, id := range ids {
+		delete(x.pages, id)
+	}
+	return nil
+}
+
+// Changes: nothing is remembered.
+func (x *mapIndex) Changes(context.Context, uint64) (store.Changes, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return store.Changes{Generation: x.generation, Unknown: true}, nil
 }
 
 func (x *mapIndex) Suspect(_ context.Context, ids []store.ID) error {
@@ -137,13 +196,17 @@ func (x *mapIndex) PutPages(_ context.Context, ids []store.ID, pages [][]byte) e
 	return nil
 }
 
-func (x *mapIndex) Points(context.Context) (list []store.SealedPoint, err error) {
+func (x *mapIndex) Points(_ context.Context, after store.PointID) iter.Seq2[store.SealedPoint, error] {
 	x.mu.Lock()
-	defer x.mu.Unlock()
-	for id, s := range x.points {
-		list = append(list, store.SealedPoint{ID: id, Summary: s})
+	points := maps.Clone(x.points)
+	x.mu.Unlock()
+	return func(yield func(store.SealedPoint, error) bool) {
+		for _, id := range slices.SortedFunc(maps.Keys(points), func(a, b store.PointID) int { return slices.Compare(a[:], b[:]) }) {
+			if slices.Compare(id[:], after[:]) > 0 && !yield(store.SealedPoint{ID: id, Summary: points[id]}, nil) {
+				return
+			}
+		}
 	}
-	return list, nil
 }
 
 func (x *mapIndex) PutPoint(_ context.Context, p store.SealedPoint) error {
