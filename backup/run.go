@@ -36,6 +36,8 @@ type Options struct {
 	Tags    []string
 	Full    bool   // read everything, even where changes are known
 	Program string // version recorded in the point
+	// LockFor keeps the point from being forgotten for that long; zero does not.
+	LockFor Duration
 	// Start is told of each disk as it begins; the meter it returns is updated
 	// as the disk is read. Nil: nobody watches.
 	Start func(vm, disk string, total int64) Meter
@@ -91,11 +93,44 @@ func Run(ctx context.Context, repo *store.Repo, snap Snapshot, opt Options) (*st
 		}
 		p.Config = append(p.Config, c)
 	}
+	if !opt.LockFor.IsZero() {
+		if err := lock(ctx, repo, p, opt); err != nil {
+			return nil, err
+		}
+	}
 	p.Stats.Duration = opt.Now().Sub(began).Seconds()
 	if err := draft.Commit(ctx, p); err != nil {
 		return nil, err
 	}
 	return p, nil
+}
+
+// lock sets until when p is locked. It counts from the newest point of the
+// repository when that is later than the clock, so that a clock set back makes no lock
+// shorter.
+func lock(ctx context.Context, repo *store.Repo, p *store.Point, opt Options) error {
+	all, err := repo.Points(ctx)
+	if err != nil {
+		return err
+	}
+	now := opt.Now().UTC()
+	from := now
+	for i := range all {
+		if all[i].Time.After(from) {
+			from = all[i].Time
+		}
+	}
+	if p.Time.After(from) {
+		from = p.Time.UTC()
+	}
+	const skew = time.Minute // between two hosts that both keep time
+	if from.Sub(now) > skew {
+		p.Warnings = append(p.Warnings, fmt.Sprintf("the clock says %s, but the newest point is of %s: the lock is counted from then",
+			now.Format(time.RFC3339), from.Format(time.RFC3339)))
+	}
+	// Rounded up: a point has whole seconds.
+	p.LockedUntil = opt.LockFor.After(from).Add(time.Second - 1).Truncate(time.Second)
+	return nil
 }
 
 // CheckName refuses names of VMs that are not a single, printable path element.

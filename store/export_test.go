@@ -1,7 +1,5 @@
 package store
 
-import "context"
-
 // SetPackSize makes r seal packs after n bytes, so that tests with small disks
 // fill many of them. Call it before anything is written.
 func (r *Repo) SetPackSize(n uint32) { r.packer.target = n }
@@ -12,12 +10,4 @@ func CheapKeys() (undo func()) {
 	old := defaultKDF
 	defaultKDF = kdfParams{Time: 1, MemoryKiB: 8, Threads: 1}
 	return func() { defaultKDF = old }
-}
-
-// Drop removes a point as Forget does, without looking at anything.
-func (r *Repo) Drop(ctx context.Context, id PointID) error {
-	if err := r.bucket.Remove(ctx, pointObject(id)); err != nil {
-		return err
-	}
-	return r.index.DropPoint(ctx, id)
 }

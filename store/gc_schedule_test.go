@@ -489,7 +489,7 @@ func (s *schedule) dropThis(ctx context.Context, r *store.Repo, id store.PointID
 }
 
 func (s *schedule) dropNow(ctx context.Context, r *store.Repo, id store.PointID) error {
-	if err := r.Drop(ctx, id); err != nil {
+	if _, err := r.Forget(ctx, []store.PointID{id}, time.Now()); err != nil {
 		return fmt.Errorf("drop: %w", err)
 	}
 	s.mu.Lock()

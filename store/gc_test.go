@@ -65,7 +65,7 @@ func lettered(letters string) []byte {
 
 func (g *gcRepo) drop(r *store.Repo, p *store.Point) {
 	g.t.Helper()
-	if err := r.Drop(g.t.Context(), p.ID); err != nil {
+	if _, err := r.Forget(g.t.Context(), []store.PointID{p.ID}, time.Now()); err != nil {
 		g.t.Fatal(err)
 	}
 }

@@ -29,6 +29,8 @@ type Point struct {
 	Stats       Stats        `json:"stats"`
 	Warnings    []string     `json:"warnings,omitempty"`
 	Program     string       `json:"program,omitempty"` // version of holdfast that made the point
+	// LockedUntil is when the point may be forgotten; zero: at any time. UTC, whole seconds.
+	LockedUntil time.Time `json:"locked_until,omitzero"`
 }
 
 // VM identifies the machine that a point is of.
@@ -103,6 +105,9 @@ type Summary struct {
 	New      int64     `json:"bytes_new"`
 	Stored   int64     `json:"bytes_stored"`
 	Warnings int       `json:"warnings,omitempty"`
+	// LockedUntil is when the point may be forgotten; zero: at any time. The
+	// manifest decides, this is a copy for listings.
+	LockedUntil time.Time `json:"locked_until,omitzero"`
 	// Damaged says why the manifest cannot be read; VM and Name may be unknown then.
 	Damaged string `json:"damaged,omitempty"`
 }
@@ -121,7 +126,7 @@ func (p *Point) Path() string { return p.VM.Name + "/" + p.Name }
 
 func (p *Point) summary() Summary {
 	return Summary{ID: p.ID, VM: p.VM.Name, Name: p.Name, Time: p.Time, Tags: p.Tags, Disks: len(p.Disks),
-		Total: p.Stats.Total, New: p.Stats.New, Stored: p.Stats.Stored, Warnings: len(p.Warnings)}
+		Total: p.Stats.Total, New: p.Stats.New, Stored: p.Stats.Stored, Warnings: len(p.Warnings), LockedUntil: p.LockedUntil}
 }
 
 // PointName is the name that a point of that time gets.

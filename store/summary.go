@@ -9,7 +9,8 @@ import (
 // The summary of a point in the index is binary, since a mount of a repository
 // with 10,000 points decodes all of them before its first byte: a version byte,
 // then the fields in order, strings and lists with a uvarint length before them.
-const summaryFormat = 1
+// Format 1 ends with the tags; 2 has LockedUntil after them, in seconds since 1970, 0 for none.
+const summaryFormat = 2
 
 func (s *Summary) encode() []byte {
 	b := []byte{summaryFormat}
@@ -25,14 +26,19 @@ func (s *Summary) encode() []byte {
 	for _, t := range s.Tags {
 		str(t)
 	}
-	return b
+	locked := int64(0)
+	if !s.LockedUntil.IsZero() {
+		locked = s.LockedUntil.Unix()
+	}
+	return binary.AppendVarint(b, locked)
 }
 
 func decodeSummary(b []byte) (s Summary, err error) {
 	bad := errors.New("summary: format")
-	if len(b) == 0 || b[0] != summaryFormat {
+	if len(b) == 0 || b[0] < 1 || b[0] > summaryFormat {
 		return s, bad
 	}
+	format := b[0]
 	b = b[1:]
 	str := func() (v string) {
 		n, k := binary.Uvarint(b)
@@ -62,6 +68,11 @@ func decodeSummary(b []byte) (s Summary, err error) {
 	b = b[k:]
 	for range n {
 		s.Tags = append(s.Tags, str())
+	}
+	if format >= 2 {
+		if locked := num(); locked != 0 {
+			s.LockedUntil = time.Unix(locked, 0).UTC()
+		}
 	}
 	if err == nil && len(b) != 0 {
 		err = bad

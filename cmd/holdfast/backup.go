@@ -53,6 +53,20 @@ func vmsOf(name string, files []string) ([]imagefile.VM, error) {
 	return vms, nil
 }
 
+// lockFor is for how long new points are locked: what the command line says, or
+// else the config.
+func (c *call) lockFor() (backup.Duration, error) {
+	s := c.String("lock-for")
+	if s == "" {
+		return c.cfg.backup.lockFor, nil
+	}
+	d, err := backup.ParseDuration(s)
+	if err != nil {
+		return d, usagef("--lock-for: %v", err)
+	}
+	return d, nil
+}
+
 func runBackup(ctx context.Context, c *call) error {
 	vms, err := vmsOf(c.String("vm"), c.args)
 	if err != nil {
@@ -107,6 +121,10 @@ func (c *call) backupVM(ctx context.Context, r *store.Repo, src backup.Source, v
 		return nil, err
 	}
 	defer snap.Close()
+	lock, err := c.lockFor()
+	if err != nil {
+		return nil, err
+	}
 	var running *task
 	defer func() {
 		if running != nil {
@@ -117,6 +135,8 @@ func (c *call) backupVM(ctx context.Context, r *store.Repo, src backup.Source, v
 		Tags:    c.StringSlice("tag"),
 		Full:    c.Bool("full"),
 		Program: programVersion(),
+		LockFor: lock,
+		Now:     c.clock.now,
 		Start: func(vm, disk string, total int64) backup.Meter {
 			if running != nil {
 				running.end(nil)

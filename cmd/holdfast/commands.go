@@ -28,7 +28,7 @@ func commands() []command {
 			run:   runInit,
 		},
 		{
-			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--full] [--allow-outside-backing]",
+			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--full] [--lock-for DURATION] [--allow-outside-backing]",
 			short: "back up disk image files",
 			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
 				"Files are raw or qcow2, told by their first bytes; one that ends in .raw is raw.",
@@ -36,11 +36,12 @@ func commands() []command {
 			flags: []cli.Flag{
 				&cli.StringFlag{Name: "vm", Usage: "`NAME` of the VM that the disks belong to"},
 				&cli.StringSliceFlag{Name: "tag", Usage: "`TEXT` to keep with the restore point; may be repeated"},
+				&cli.StringFlag{Name: "lock-for", Usage: "let nobody forget the point for this `DURATION`, such as 30d, 36h, 1y6m; cannot be taken back"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "full", Usage: "read everything, whatever the last restore point says"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "allow-outside-backing",
 					Usage: "follow backing file names that are absolute or lead out of the image's directory"},
 			},
-			needs: needRepository, run: runBackup,
+			needs: needRepository, check: func(c *call) error { _, err := c.lockFor(); return err }, run: runBackup,
 		},
 		{
 			name: "points", usage: "[VM]", short: "list restore points",
@@ -104,6 +105,15 @@ func commands() []command {
 				&cli.BoolFlag{DisableDefaultText: true, Name: "read-data", Usage: "read and check every byte, not only that it is there"},
 			},
 			needs: needRepository, run: runVerify,
+		},
+		{
+			name: "forget",
+			usage: "(POINT... [--force] | [VM...] [--keep-last N] [--keep-hourly N] [--keep-daily N] [--keep-weekly N] " +
+				"[--keep-monthly N] [--keep-yearly N] [--keep-within DURATION] [--keep-tag T]... [--tag T]...) [--dry-run]",
+			short: "drop restore points, by rules or by name",
+			long:  forgetHelp,
+			max:   -1, flags: forgetFlags(),
+			needs: needRepository, check: checkForget, run: runForget,
 		},
 		{
 			name: "gc", usage: "[--dry-run] [--repack-below 50%] [--ignore-missing]",

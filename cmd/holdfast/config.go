@@ -12,6 +12,8 @@ import (
 	"slices"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/holdfast-backup/holdfast/backup"
 )
 
 // maxConfig bounds what the YAML parser may be given. 1 MiB
@@ -22,6 +24,9 @@ type config struct {
 	repository struct {
 		path         string // absolute, or "" when the file names none
 		passwordFile string // likewise
+	}
+	backup struct {
+		lockFor backup.Duration // for how long points are locked; zero when the file says nothing
 	}
 }
 
@@ -85,6 +90,11 @@ func parseConfig(path string, b []byte) (config, error) {
 			return d.section(value, "repository", keys{
 				"path":          d.path(&cfg.repository.path),
 				"password_file": d.path(&cfg.repository.passwordFile),
+			})
+		},
+		"backup": func(_, value *yaml.Node) error {
+			return d.section(value, "backup", keys{
+				"lock_for": d.duration(&cfg.backup.lockFor),
 			})
 		},
 		"sources": func(key, _ *yaml.Node) error {
@@ -164,6 +174,21 @@ func (d configDecoder) path(to *string) func(key, value *yaml.Node) error {
 			return d.errorf(value, "%w", err)
 		}
 		*to = abs
+		return nil
+	}
+}
+
+// duration takes a text such as 30d.
+func (d configDecoder) duration(to *backup.Duration) func(key, value *yaml.Node) error {
+	return func(key, value *yaml.Node) error {
+		var s string
+		err := d.text(&s)(key, value)
+		if err != nil {
+			return err
+		}
+		if *to, err = backup.ParseDuration(s); err != nil {
+			return d.errorf(value, "%w", err)
+		}
 		return nil
 	}
 }

@@ -34,6 +34,11 @@ func TestParseConfig(t *testing.T) {
 		{"repository: {path: a}\n--- {", "", "", "more than one YAML document"},
 		{"repository: [", "", "", "yaml: "},
 		{"sources: {}", "", "", "supports no platform"},
+		{"backup: {lock_for: 30d}", "", "", ""},
+		{"backup: {lock_for: 30}", "", "", "a text is wanted"},
+		{"backup: {lock_for: 30x}", "", "", `duration "30x": unknown unit 'x'`},
+		{"backup: {lockfor: 30d}", "", "", `unknown key "lockfor" in backup`},
+		{"backup: 30d", "", "", "backup must be a section"},
 		{"a: &a [*a]\nrepository: *a", "", "", `unknown key "a"`},
 		{"repository: &a {path: *a}", "", "", "a text is wanted"},
 	} {
@@ -47,6 +52,13 @@ func TestParseConfig(t *testing.T) {
 		if err != nil || cfg.repository.path != c.path || cfg.repository.passwordFile != c.passwordFile {
 			t.Errorf("%q: %+v, %v", c.yaml, cfg, err)
 		}
+	}
+}
+
+func TestConfigLock(t *testing.T) {
+	cfg, err := parseConfig("/etc/holdfast/c.yaml", []byte("backup:\n  lock_for: 1y6m\n"))
+	if err != nil || cfg.backup.lockFor.Years != 1 || cfg.backup.lockFor.Months != 6 {
+		t.Errorf("%+v, %v", cfg, err)
 	}
 }
 

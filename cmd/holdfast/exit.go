@@ -61,6 +61,7 @@ func failures() []failure {
 		{isAny(store.ErrLocked), exitLocked, "end the process that holds it, or wait for it"},
 		{isAny(store.ErrNewerFormat), exitFailed, "use a newer holdfast"},
 		{isAny(store.ErrDamaged), exitDamage, "'holdfast verify --read-data' lists all damage"},
+		{isAny(store.ErrLockedPoint), exitFailed, "no command lifts a lock or makes it shorter: it ends by itself"},
 		{isAny(store.ErrAmbiguous), exitFailed, "give more digits of the id"},
 		{isAny(bucket.ErrFull), exitFailed, "free some space; what was stored so far is found again by the next run"},
 		{isAny(bucket.ErrReadOnly), exitFailed, "the repository cannot be written: check its mount and its owner"},

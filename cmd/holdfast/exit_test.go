@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"strings"
 	"testing"
+
+	"github.com/holdfast-backup/holdfast/store"
 )
 
 func TestExplain(t *testing.T) {
@@ -23,6 +25,7 @@ func TestExplain(t *testing.T) {
 		{context.DeadlineExceeded, exitFailed, "context deadline exceeded", ""},
 		{wrap(errPartlyDone), exitPartly, "backup web: partly done", ""},
 		{wrap(errDamageFound), exitDamage, "backup web: damage found", ""},
+		{wrap(store.ErrLockedPoint), exitFailed, "backup web: point is locked", "no command lifts a lock or makes it shorter: it ends by itself"},
 		{errors.Join(errPartlyDone, errDamageFound), exitDamage, "partly done\ndamage found", ""},
 		{wrap(&accessError{errors.New("wrong password")}), exitAccess, "backup web: wrong password", ""},
 		{usagef("what?"), exitUsage, "what?", "see 'holdfast help'"},

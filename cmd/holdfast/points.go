@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/store"
 )
@@ -23,7 +25,13 @@ func runPoints(ctx context.Context, c *call) error {
 				return withHint(fmt.Errorf("no VM %q: %w", vm, store.ErrNotExist), "'holdfast points' lists all")
 			}
 		}
-		t := newTable("POINT", "ID", ">SIZE", ">NEW", ">STORED", "TAGS", "")
+		columns := []string{"POINT", "ID", ">SIZE", ">NEW", ">STORED", "TAGS", ""}
+		now := c.clock.now()
+		locks := slices.ContainsFunc(list, func(s store.Summary) bool { return s.LockedUntil.After(now) })
+		if locks {
+			columns = append(columns[:len(columns)-1], "LOCKED UNTIL", "")
+		}
+		t := newTable(columns...)
 		for _, s := range list {
 			note := ""
 			switch {
@@ -32,7 +40,11 @@ func runPoints(ctx context.Context, c *call) error {
 			case s.Warnings > 0:
 				note = fmt.Sprintf("%d warnings", s.Warnings)
 			}
-			t.row(s.Path(), s.ID.String()[:12], sizeText(s.Total), sizeText(s.New), sizeText(s.Stored), strings.Join(s.Tags, ","), note)
+			row := []string{s.Path(), s.ID.String()[:12], sizeText(s.Total), sizeText(s.New), sizeText(s.Stored), strings.Join(s.Tags, ",")}
+			if locks {
+				row = append(row, lockText(s.LockedUntil, now))
+			}
+			t.row(append(row, note)...)
 			if err := c.out.object(struct {
 				Type string `json:"type"`
 				store.Summary
@@ -63,6 +75,9 @@ func runShow(ctx context.Context, c *call) error {
 		if len(p.Tags) > 0 {
 			fields = append(fields, [2]string{"tags", strings.Join(p.Tags, ", ")})
 		}
+		if l := lockText(p.LockedUntil, c.clock.now()); l != "" {
+			fields = append(fields, [2]string{"locked until", l})
+		}
 		fields = append(fields,
 			[2]string{"size", fmt.Sprintf("%s, %s of data", sizeText(p.Stats.Total), sizeText(p.Stats.Data))},
 			[2]string{"read", sizeText(p.Stats.Read)},
@@ -87,6 +102,14 @@ func runShow(ctx context.Context, c *call) error {
 			*store.Point
 		}{"point", p})
 	})
+}
+
+// lockText says when a lock ends, "" when there is none any more.
+func lockText(until, now time.Time) string {
+	if !until.After(now) {
+		return ""
+	}
+	return timeText(until)
 }
 
 // findPoint resolves a point's name and reads its manifest.
