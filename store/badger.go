@@ -63,6 +63,9 @@ type badgerIndex struct {
 	complete    atomic.Bool // compared with the repository since it was opened
 	failed      atomic.Bool // a write went wrong: never mark it clean
 
+	// onCommit carries out commits; nil does so at once. Tests stop a run there.
+	onCommit func(commit func() error) error
+
 	// entries is held while entries of chunks are changed: between looking one up
 	// and writing it nobody else may. Taken before mu.
 	entries sync.Mutex
@@ -271,7 +274,7 @@ func (x *badgerIndex) setState(repo [16]byte, clean bool) error {
 	if clean {
 		v[1] = 1
 	}
-	return x.db.Update(func(txn *badger.Txn) error { return txn.Set([]byte{keyState}, v) })
+	return x.update(func(txn *badger.Txn) error { return txn.Set([]byte{keyState}, v) })
 }
 
 // markDirty begins every write: it makes a crash from here on visible to the
@@ -283,7 +286,7 @@ func (x *badgerIndex) markDirty() error {
 	if x.dirty {
 		return nil
 	}
-	err := x.db.Update(func(txn *badger.Txn) error {
+	err := x.update(func(txn *badger.Txn) error {
 		item, err := txn.Get([]byte{keyState})
 		if err != nil {
 			return err
@@ -379,13 +382,13 @@ func (x *badgerIndex) AddPack(ctx context.Context, pack PackInfo, recs []PackRec
 	x.mu.Lock()
 	x.packs[n] = knownPack{pack, x.doomed[pack.ID]}
 	x.mu.Unlock()
-	if err := wb.Flush(); err != nil {
+	if err := x.flush(wb); err != nil {
 		return x.wrote(err)
 	}
 	// The registry row comes last: it says that all of the pack's records are in.
 	row := binary.LittleEndian.AppendUint64(append([]byte(nil), pack.ID[:]...), uint64(pack.Size))
 	row = binary.LittleEndian.AppendUint32(row, pack.Records)
-	if err := x.db.Update(func(txn *badger.Txn) error { return txn.Set(packKey(n), row) }); err != nil {
+	if err := x.update(func(txn *badger.Txn) error { return txn.Set(packKey(n), row) }); err != nil {
 		return x.wrote(err)
 	}
 	x.mu.Lock()
@@ -416,7 +419,7 @@ func (x *badgerIndex) takeNumber(id PackID) (n uint32, condemned bool, err error
 		return 0, false, x.wrote(err)
 	}
 	n = x.next
-	err = x.db.Update(func(txn *badger.Txn) error {
+	err = x.update(func(txn *badger.Txn) error {
 		return txn.Set([]byte{keyNext}, binary.BigEndian.AppendUint32(nil, n+1))
 	})
 	if err != nil {
@@ -475,7 +478,7 @@ func (x *badgerIndex) DropPack(ctx context.Context, pack PackID, ids []ID) error
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	p := x.packs[number]
-	err := x.db.Update(func(txn *badger.Txn) error {
+	err := x.update(func(txn *badger.Txn) error {
 		if p.condemned {
 			// Somebody who listed the packs just before may be about to add it again.
 			if err := txn.Set(append([]byte{keyRemoved}, pack[:]...), nil); err != nil {
@@ -521,7 +524,7 @@ func (x *badgerIndex) clearEntries(ctx context.Context, number uint32, ids []ID)
 			return x.wrote(err)
 		}
 	}
-	return x.wrote(wb.Flush())
+	return x.wrote(x.flush(wb))
 }
 
 // Condemn writes the new set before anybody sees it; the epoch comes last, so that
@@ -561,10 +564,10 @@ func (x *badgerIndex) condemn(c Condemned) error {
 			}
 		}
 	}
-	if err := wb.Flush(); err != nil {
+	if err := x.flush(wb); err != nil {
 		return err
 	}
-	if err := x.db.Update(func(txn *badger.Txn) error { return txn.Set([]byte{keyEpoch}, c.Epoch[:]) }); err != nil {
+	if err := x.update(func(txn *badger.Txn) error { return txn.Set([]byte{keyEpoch}, c.Epoch[:]) }); err != nil {
 		return err
 	}
 	x.doomed, x.epoch = doomed, c.Epoch
@@ -616,7 +619,7 @@ func (x *badgerIndex) Suspect(ctx context.Context, ids []ID) error {
 			return x.wrote(err)
 		}
 	}
-	return x.wrote(wb.Flush())
+	return x.wrote(x.flush(wb))
 }
 
 // appendLoc and parseLoc are the stored form of a Loc, locLen bytes.
@@ -654,7 +657,7 @@ func (x *badgerIndex) SetWhole(context.Context) error {
 	if x.readOnly {
 		return nil
 	}
-	return x.wrote(x.db.Update(func(txn *badger.Txn) error { return txn.Set([]byte{keyWhole}, nil) }))
+	return x.wrote(x.update(func(txn *badger.Txn) error { return txn.Set([]byte{keyWhole}, nil) }))
 }
 
 func (x *badgerIndex) Page(_ context.Context, id ID) (b []byte, err error) {
@@ -686,7 +689,7 @@ func (x *badgerIndex) PutPages(_ context.Context, ids []ID, pages [][]byte) erro
 			return fmt.Errorf("index: %w", err)
 		}
 	}
-	if err := wb.Flush(); err != nil {
+	if err := x.flush(wb); err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
 	return nil
@@ -745,7 +748,7 @@ func (x *badgerIndex) DropPages(_ context.Context, ids []ID) error {
 			return x.wrote(err)
 		}
 	}
-	return x.wrote(wb.Flush())
+	return x.wrote(x.flush(wb))
 }
 
 func (x *badgerIndex) Points(ctx context.Context, after PointID) iter.Seq2[SealedPoint, error] {
@@ -777,7 +780,7 @@ func (x *badgerIndex) changePoint(id PointID, fn func(*badger.Txn) error) error 
 	if err := x.markDirty(); err != nil {
 		return x.wrote(err)
 	}
-	if err := x.db.Update(fn); err != nil {
+	if err := x.update(fn); err != nil {
 		return x.wrote(err)
 	}
 	if len(x.changes) >= maxChanges {
@@ -858,6 +861,20 @@ func (x *badgerIndex) Close() error {
 		err = x.setState(x.repo, true)
 	}
 	return errors.Join(err, x.db.Close())
+}
+
+// update and flush are every commit to Badger.
+func (x *badgerIndex) update(fn func(*badger.Txn) error) error {
+	return x.commit(func() error { return x.db.Update(fn) })
+}
+
+func (x *badgerIndex) flush(wb *badger.WriteBatch) error { return x.commit(wb.Flush) }
+
+func (x *badgerIndex) commit(fn func() error) error {
+	if x.onCommit != nil {
+		return x.onCommit(fn)
+	}
+	return fn()
 }
 
 // wrote wraps the error of a write and remembers it.

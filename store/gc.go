@@ -390,6 +390,10 @@ func (g *collector) sweep(ctx context.Context) error {
 	if err := g.repo.packer.flush(); err != nil {
 		return err
 	}
+	// Before anything goes: an older copy of the index must be seen to be one.
+	if err := g.publish(ctx); err != nil {
+		return err
+	}
 	left := 0
 	for _, d := range doomed {
 		if !d.keep {
