@@ -98,6 +98,10 @@
 //	64  12  0
 //	76   4  CRC-32C of bytes 0..75
 //
+// Magic and CRC stay where they are in every version: a header that has both right and a
+// greater version is of a newer program, not damaged. The same holds for manifests, whose
+// magic, version and CRC stay.
+//
 // Record: a header of 56 bytes, then the body; the next record follows at once.
 //
 //	 0   4  0x52434648, "HFCR" in the file

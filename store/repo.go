@@ -397,6 +397,9 @@ func (r *Repo) packTable(ctx context.Context, id PackID) ([]PackRecord, error) {
 	if err == nil {
 		return recs, nil
 	}
+	if errors.Is(err, ErrNewerFormat) {
+		return nil, fmt.Errorf("pack %s: %w", id, err)
+	}
 	r.warn(fmt.Sprintf("pack %s: %v; its records are read one by one", id, err))
 	recs = nil
 	b := r.keys.box(ctxPack, id[:])
