@@ -61,6 +61,8 @@ func failures() []failure {
 		{isAny(store.ErrLocked), exitLocked, "end the process that holds it, or wait for it"},
 		{isAny(store.ErrNewerFormat), exitFailed, "use a newer holdfast"},
 		{isAny(store.ErrDamaged), exitDamage, "'holdfast verify --read-data' lists all damage"},
+		{isAny(store.ErrLastKey), exitFailed, "'holdfast key add' or 'holdfast key recovery' makes another one first"},
+		{isAny(store.ErrKeyInUse), exitFailed, "open the repository with another password to remove this one, or use 'holdfast key change'"},
 		{isAny(store.ErrAmbiguous), exitFailed, "give more digits of the id"},
 		{isAny(bucket.ErrFull), exitFailed, "free some space; what was stored so far is found again by the next run"},
 		{isAny(bucket.ErrReadOnly), exitFailed, "the repository cannot be written: check its mount and its owner"},
