@@ -50,7 +50,8 @@ func (r *Repo) keyInfo(s keySlot) KeyInfo {
 	return KeyInfo{s.ID, s.Created, s.Label, s.Kind == keyRecovery, s.ID == r.inUse()}
 }
 
-// Keys lists the keys as they are now, from old to new. ErrNotEncrypted when there are none.
+// Keys lists the keys as they are now, in the order in which they are tried on a
+// passphrase, recovery keys aside. ErrNotEncrypted when there are none.
 func (r *Repo) Keys(ctx context.Context) ([]KeyInfo, error) {
 	if !r.keys.sealed {
 		return nil, fmt.Errorf("store: %w", ErrNotEncrypted)

@@ -46,7 +46,7 @@ func TestNewerFormat(t *testing.T) {
 	for name, change := range changes {
 		m := maps.Clone(golden)
 		m[name] = change(bytes.Clone(m[name]))
-		if err := openGolden(t, m); !errors.Is(err, store.ErrNewerFormat) || errors.Is(err, store.ErrDamaged) {
+		if err := openAs(t, m, "golden"); !errors.Is(err, store.ErrNewerFormat) || errors.Is(err, store.ErrDamaged) {
 			t.Errorf("%s of version %d: %v", name, version, err)
 		}
 		r, err := reader.Open(m.fs(), reader.Options{Passphrase: "golden"})
@@ -56,15 +56,15 @@ func TestNewerFormat(t *testing.T) {
 		// The same bytes without the right sum are damaged, not newer.
 		m[name] = bytes.Clone(m[name])
 		m[name][8+len(m[name])%4] ^= 0x40
-		if err := openGolden(t, m); errors.Is(err, store.ErrNewerFormat) {
+		if err := openAs(t, m, "golden"); errors.Is(err, store.ErrNewerFormat) {
 			t.Errorf("%s damaged: %v", name, err)
 		}
 	}
 }
 
-func openGolden(t *testing.T, m objectMap) error {
+func openAs(t *testing.T, m objectMap, password string) error {
 	opt := openOptions(t)
-	opt.Passphrase = func() ([]byte, error) { return []byte("golden"), nil }
+	opt.Passphrase = func() ([]byte, error) { return []byte(password), nil }
 	repo, err := store.Open(t.Context(), memoryOf(t, m), store.MemoryIndex(), opt)
 	if err != nil {
 		return err
