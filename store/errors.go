@@ -27,6 +27,8 @@ var (
 	// ErrKeyInUse: the key that opened the repository is not removed: that another one
 	// opens it has not been proved.
 	ErrKeyInUse = errors.New("the key in use cannot be removed")
+	// ErrUnsure: a change of keys failed in its last step, so it may have taken effect.
+	ErrUnsure = errors.New("it may have been done all the same")
 	// ErrLocked: another process holds the repository and does not answer.
 	ErrLocked = errors.New("repository is locked")
 	// ErrAmbiguous: a name stands for more than one point.

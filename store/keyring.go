@@ -68,8 +68,8 @@ func (r *Repo) Keys(ctx context.Context) ([]KeyInfo, error) {
 }
 
 // AddKey lets one more passphrase open the repository. ErrExists when it opens it already.
-// Like every change of keys it is durable when it returns nil; after an
-// error it may have taken effect or not, and Keys tells.
+// Like every change of keys it is durable when it returns nil; after an error that matches
+// ErrUnsure it may have taken effect or not, and Keys tells; after any other it has not.
 func (r *Repo) AddKey(ctx context.Context, passphrase []byte, label string, now time.Time) (KeyInfo, error) {
 	return r.addKey(ctx, passphrase, keySlot{Label: label}, defaultKDF, now)
 }
@@ -234,7 +234,7 @@ func (r *Repo) changeKeys(ctx context.Context, change func(*config) error) error
 	}
 	for _, name := range []string{configCopyName, configName} {
 		if err := writeObject(ctx, r.bucket, name, raw); err != nil {
-			return fmt.Errorf("store: change keys: write %s: %w", name, err)
+			return fmt.Errorf("store: change keys: write %s: %w: %w", name, err, ErrUnsure)
 		}
 	}
 	return nil

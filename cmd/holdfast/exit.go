@@ -66,6 +66,7 @@ func failures() []failure {
 		{isAny(store.ErrAmbiguous), exitFailed, "give more digits of the id"},
 		{isAny(bucket.ErrFull), exitFailed, "free some space; what was stored so far is found again by the next run"},
 		{isAny(bucket.ErrReadOnly), exitFailed, "the repository cannot be written: check its mount and its owner"},
+		{isAny(store.ErrUnsure), exitFailed, "'holdfast key list' shows whether it was"},
 		{isAny(backup.ErrTargetExists), exitFailed, "nothing is overwritten: name another place, or restore --onto it"},
 		{isAny(vdisk.ErrRefused), exitFailed, "if you trust the image, use --allow-outside-backing"},
 	}

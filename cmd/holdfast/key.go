@@ -95,7 +95,7 @@ func (c *call) addKey(ctx context.Context, r *store.Repo) error {
 	}
 	k, err := r.AddKey(ctx, p, c.String("label"), c.clock.now())
 	if err != nil {
-		return maybeChanged(err)
+		return err
 	}
 	c.out.line("key %s added: its password opens the repository, too", k.ID)
 	return c.keyObject("key_added", k, "")
@@ -118,7 +118,7 @@ func (c *call) changeKey(ctx context.Context, r *store.Repo, list []store.KeyInf
 	}
 	k, err := r.ChangeKey(ctx, p, c.String("label"), c.clock.now())
 	if err != nil {
-		return maybeChanged(err)
+		return err
 	}
 	c.out.line("password changed: key %s takes the place of %s", k.ID, was)
 	c.noteOldConfigs()
@@ -130,7 +130,7 @@ func (c *call) removeKey(ctx context.Context, r *store.Repo, id string) error {
 	case errors.Is(err, store.ErrNotExist):
 		return withHint(err, "'holdfast key list' shows the ids")
 	case err != nil:
-		return maybeChanged(err)
+		return err
 	}
 	c.out.line("key %s removed", id)
 	c.noteOldConfigs()
@@ -149,7 +149,7 @@ func (c *call) noteOldConfigs() {
 func (c *call) addRecoveryKey(ctx context.Context, r *store.Repo) error {
 	secret, k, err := r.AddRecoveryKey(ctx, c.clock.now())
 	if err != nil {
-		return maybeChanged(err)
+		return err
 	}
 	c.out.line("%s", secret)
 	err = c.keyObject("recovery_key", k, secret)
@@ -162,16 +162,6 @@ func (c *call) addRecoveryKey(ctx context.Context, r *store.Repo) error {
 	c.progress.note("recovery key %s opens the repository wherever its password is asked for; spaces, dashes and case do not matter", k.ID)
 	c.progress.note("it is shown only now: keep it on paper, away from the repository; 'holdfast key remove %s' ends it", k.ID)
 	return nil
-}
-
-// maybeChanged adds to an error of the medium that the change may have been made.
-func maybeChanged(err error) error {
-	for _, sure := range []error{store.ErrExists, store.ErrNotExist, store.ErrLastKey, store.ErrKeyInUse, store.ErrPassphrase, store.ErrNotEncrypted} {
-		if errors.Is(err, sure) {
-			return err
-		}
-	}
-	return withHint(err, "'holdfast key list' shows whether it was done all the same")
 }
 
 // replacement returns a password that the repository is to have: that of --new-password-file
