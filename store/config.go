@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -9,6 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/zeebo/blake3"
@@ -29,6 +33,7 @@ const (
 const (
 	configName     = "config"
 	configCopyName = "config.copy"
+	configLockName = "config.lock" // held while they are changed
 	configMagic    = "holdfast repository\n"
 	configSumLabel = "\nblake3 "
 	maxConfigLen   = 1 << 20
@@ -37,13 +42,18 @@ const (
 // config is the plaintext description of a repository; see doc.go, "config".
 type config struct {
 	Version   int       `json:"version"`
-	ID        hexBytes  `json:"id"` // 16 bytes
+	Revision  uint64    `json:"revision,omitempty"` // grows with each change
+	ID        hexBytes  `json:"id"`                 // 16 bytes
 	Created   time.Time `json:"created"`
 	ChunkSize int       `json:"chunk_size"` // bytes
 	Cipher    string    `json:"cipher"`     // "aes-256-gcm" or "none"
 	Master    hexBytes  `json:"master,omitempty"`
 	Keys      []keySlot `json:"keys,omitempty"`
+
+	unknown unknownFields
 }
+
+const configFields = "version revision id created chunk_size cipher master keys"
 
 const (
 	cipherGCM  = "aes-256-gcm"
@@ -54,11 +64,20 @@ const (
 type keySlot struct {
 	ID      string    `json:"id"`
 	Created time.Time `json:"created"`
+	Kind    string    `json:"kind,omitempty"` // keyRecovery, or absent for a passphrase
+	Label   string    `json:"label,omitempty"`
 	KDF     string    `json:"kdf"`
 	kdfParams
 	Salt    hexBytes `json:"salt"`
 	Wrapped hexBytes `json:"wrapped"` // nonce, encrypted master key, tag
+
+	unknown unknownFields
 }
+
+const keySlotFields = "id created kind label kdf time memory_kib threads salt wrapped"
+
+// keyRecovery is the kind of a slot whose passphrase is a recovery key.
+const keyRecovery = "recovery"
 
 type kdfParams struct {
 	Time      uint32 `json:"time"`
@@ -79,6 +98,68 @@ func (h hexBytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToStri
 
 func (h *hexBytes) UnmarshalText(s []byte) (err error) {
 	*h, err = hex.DecodeString(string(s))
+	return err
+}
+
+// unknownFields are members of a JSON object that this program knows nothing of:
+// name => value. A later program wrote them, and whoever writes the object again keeps them.
+type unknownFields map[string]json.RawMessage
+
+// fieldsBeyond gives the members of the object b that are none of known, names with spaces between.
+func fieldsBeyond(b []byte, known string) (unknownFields, error) {
+	var all unknownFields
+	if err := json.Unmarshal(b, &all); err != nil {
+		return nil, err
+	}
+	for _, name := range strings.Fields(known) {
+		// As encoding/json matches them: "KEYS" was read as "keys".
+		maps.DeleteFunc(all, func(got string, _ json.RawMessage) bool { return strings.EqualFold(got, name) })
+	}
+	return all, nil
+}
+
+// marshalWith is the object v, which is not empty, with more members at its end.
+func marshalWith(v any, more unknownFields) ([]byte, error) {
+	b, err := json.Marshal(v)
+	if err != nil || len(more) == 0 {
+		return b, err
+	}
+	tail, err := json.Marshal(more)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Concat(b[:len(b)-1], []byte(","), tail[1:]), nil
+}
+
+// MarshalJSON keeps unknown fields.
+func (c *config) MarshalJSON() ([]byte, error) {
+	type plain config
+	return marshalWith((*plain)(c), c.unknown)
+}
+
+// UnmarshalJSON keeps unknown fields.
+func (c *config) UnmarshalJSON(b []byte) (err error) {
+	type plain config
+	if err := json.Unmarshal(b, (*plain)(c)); err != nil {
+		return err
+	}
+	c.unknown, err = fieldsBeyond(b, configFields)
+	return err
+}
+
+// MarshalJSON keeps unknown fields.
+func (s keySlot) MarshalJSON() ([]byte, error) {
+	type plain keySlot
+	return marshalWith(plain(s), s.unknown)
+}
+
+// UnmarshalJSON keeps unknown fields.
+func (s *keySlot) UnmarshalJSON(b []byte) (err error) {
+	type plain keySlot
+	if err := json.Unmarshal(b, (*plain)(s)); err != nil {
+		return err
+	}
+	s.unknown, err = fieldsBeyond(b, keySlotFields)
 	return err
 }
 
@@ -139,16 +220,37 @@ func (c *config) unlock(passphrase []byte) (*keys, error) {
 	if c.Cipher == cipherNone {
 		return newKeys([keyLen]byte(c.Master), false), nil
 	}
+	recovery, typo := parseRecoveryKey(passphrase)
 	var bad error
-	for _, slot := range c.Keys {
-		master, ok, err := unwrapKey(slot, passphrase, c.aad())
-		if ok {
-			return newKeys(master, true), nil
+	hasRecovery := false
+	for _, kind := range []bool{true, false} { // those of recovery keys first: they cost nothing
+		for _, slot := range c.Keys {
+			if (slot.Kind == keyRecovery) != kind {
+				continue
+			}
+			try := passphrase
+			if kind {
+				hasRecovery = true
+				if try = recovery; try == nil {
+					continue
+				}
+			}
+			master, ok, err := unwrapKey(slot, try, c.aad())
+			if ok {
+				k := newKeys(master, true)
+				k.slot = slot.ID
+				return k, nil
+			}
+			bad = errors.Join(bad, err)
 		}
-		bad = errors.Join(bad, err)
 	}
-	if bad != nil {
+	switch {
+	case bad != nil:
 		return nil, fmt.Errorf("%w: config: %v", ErrDamaged, bad)
+	case hasRecovery && typo:
+		return nil, fmt.Errorf("%w; if this is a recovery key, it is mistyped", ErrPassphrase)
+	case recovery != nil:
+		return nil, fmt.Errorf("%w: a recovery key without a typing error, but none of this repository", ErrPassphrase)
 	}
 	return nil, ErrPassphrase
 }
@@ -181,58 +283,135 @@ func newConfig(opt InitOptions, now time.Time) (*config, *keys, error) {
 // configState says what was found of the two copies of the config.
 type configState struct {
 	cfg *config
-	// damaged names the copies that are missing or fail their check while the
-	// other one is good.
+	// damaged names the copies that are missing, fail their check or are older while
+	// the other one is good.
 	damaged []string
+	older   string // which of them is only older; "" for none
 	good    []byte // the bytes of the good copy
 }
 
-// loadConfig reads the config, or its copy when the first is damaged.
+// what says of a name in damaged what is wrong with it.
+func (st configState) what(name string) string {
+	if name == st.older {
+		return name + " is older than its other copy, which is used"
+	}
+	return name + " is damaged or missing; its other copy is used"
+}
+
+// configCopy is one of the two copies of the config.
+type configCopy struct {
+	name string
+	raw  []byte
+	cfg  *config // nil unless it is good
+	err  error   // why it is not good: ErrDamaged or ErrNotExist
+}
+
+func readConfigCopy(ctx context.Context, b bucket.Bucket, name string) (configCopy, error) {
+	c := configCopy{name: name}
+	c.raw, c.err = readObject(ctx, b, name, maxConfigLen)
+	if c.err == nil {
+		c.cfg, c.err = decodeConfig(c.raw)
+	} else if !errors.Is(c.err, ErrDamaged) && !errors.Is(c.err, bucket.ErrNotExist) {
+		return c, fmt.Errorf("store: read %s: %w", name, c.err)
+	}
+	if errors.Is(c.err, ErrNewerFormat) {
+		return c, c.err
+	}
+	return c, nil
+}
+
+// newerThan reports whether both are good, of one repository, and c is of a later change.
+func (c configCopy) newerThan(o configCopy) bool {
+	return c.cfg != nil && o.cfg != nil && bytes.Equal(c.cfg.ID, o.cfg.ID) && c.cfg.Revision > o.cfg.Revision
+}
+
+// loadConfig reads the config, or its copy when the first is damaged or older.
 // ErrNoRepository when there is neither, or only a "config" of something else.
 func loadConfig(ctx context.Context, b bucket.Bucket) (configState, error) {
-	var st configState
-	var firstErr error
+	first, err := readConfigCopy(ctx, b, configName)
+	if err != nil {
+		return configState{}, err
+	}
+	second, err := readConfigCopy(ctx, b, configCopyName)
+	if err != nil {
+		return configState{}, err
+	}
+	if second.newerThan(first) { // a change may just be going on
+		if first, err = readConfigCopy(ctx, b, configName); err != nil {
+			return configState{}, err
+		}
+	}
+	if first.cfg == nil && second.cfg == nil {
+		return configState{}, noConfig(first, second)
+	}
+	best, other := first, second
+	if first.cfg == nil || second.newerThan(first) {
+		best, other = second, first
+	}
+	st := configState{cfg: best.cfg, good: best.raw}
+	if !bytes.Equal(best.raw, other.raw) { // damaged, of before a change, or foreign
+		st.damaged = []string{other.name}
+		if best.newerThan(other) {
+			st.older = other.name
+		}
+	}
+	return st, nil
+}
+
+// noConfig tells a damaged repository from a directory that is none.
+func noConfig(first, second configCopy) error {
 	missing, foreign := 0, 0
-	for _, name := range []string{configName, configCopyName} {
-		raw, err := readObject(ctx, b, name, maxConfigLen)
-		if errors.Is(err, bucket.ErrNotExist) {
+	var damaged error
+	for _, c := range []configCopy{first, second} {
+		if errors.Is(c.err, bucket.ErrNotExist) {
 			missing++
-			st.damaged = append(st.damaged, name)
 			continue
 		}
-		if err != nil {
-			return st, fmt.Errorf("store: read %s: %w", name, err)
-		}
-		cfg, err := decodeConfig(raw)
-		if errors.Is(err, ErrDamaged) {
-			st.damaged = append(st.damaged, name)
-			if firstErr == nil {
-				firstErr = err
-			}
-			if !bytes.HasPrefix(raw, []byte(configMagic)) {
-				foreign++
-			}
-			continue
-		}
-		if err != nil {
-			return st, err
-		}
-		if st.cfg == nil {
-			st.cfg, st.good = cfg, raw
-		} else if !bytes.Equal(raw, st.good) {
-			st.damaged = append(st.damaged, name) // of before a change, or foreign
+		damaged = cmp.Or(damaged, c.err)
+		if !bytes.HasPrefix(c.raw, []byte(configMagic)) {
+			foreign++
 		}
 	}
-	switch {
-	case st.cfg != nil:
-		return st, nil
-	case missing == 2, missing == 1 && foreign == 1:
-		// Many programs call a file "config"; damage that makes ours unknown and
-		// also takes its copy away is less likely.
-		return st, ErrNoRepository
-	default:
-		return st, firstErr
+	// Many programs call a file "config"; damage that makes ours unknown and
+	// also takes its copy away is less likely.
+	if missing == 2 || missing == 1 && foreign == 1 {
+		return ErrNoRepository
 	}
+	return damaged
+}
+
+// mendConfig writes copies of the config that are damaged, missing or old again.
+// What was seen on opening says only that there is something to do: the keys may have
+// been changed since.
+func (r *Repo) mendConfig(ctx context.Context) error {
+	if l, ok := r.bucket.(bucket.Locker); ok {
+		unlock, err := l.Lock(ctx, configLockName)
+		if err != nil {
+			return fmt.Errorf("store: mend config: %w", err)
+		}
+		defer unlock()
+	}
+	st, err := r.reloadConfig(ctx)
+	if err != nil {
+		return fmt.Errorf("store: mend config: %w", err)
+	}
+	for _, name := range st.damaged {
+		if err := writeObject(ctx, r.bucket, name, st.good); err != nil {
+			return fmt.Errorf("store: mend %s: %w", name, err)
+		}
+		r.warn(name + " was mended from its other copy")
+	}
+	return nil
+}
+
+// reloadConfig is loadConfig for a repository that is open: its keys may have changed, what they
+// wrap has not.
+func (r *Repo) reloadConfig(ctx context.Context) (configState, error) {
+	st, err := loadConfig(ctx, r.bucket)
+	if err == nil && !bytes.Equal(st.cfg.aad(), r.cfg.aad()) {
+		err = fmt.Errorf("%w: config: of another repository", ErrDamaged)
+	}
+	return st, err
 }
 
 // readObject reads a whole object of at most limit bytes.

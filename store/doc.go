@@ -20,16 +20,16 @@
 // in lower case. A repository is a directory (or any flat object store) with these objects:
 //
 //	config            what the repository is, and its wrapped master key
-//	config.copy       the same bytes again; used when config fails its check
+//	config.copy       the same bytes again; used when config fails its check, or is older
 //	packs/<64 hex>    chunks and pages
 //	points/<32 hex>   one manifest per restore point
 //
 // and, in a local directory, what is not part of the format: index/ (Badger), tmp/
-// (objects being written), owner.lock and owner.sock (see store/remote).
+// (objects being written), config.lock (see below), owner.lock and owner.sock (see store/remote).
 //
 // An object is written under another name, synced, renamed, and its directory synced:
 // it is there whole or not at all. Objects are never changed, only added and removed; config
-// alone is replaced, in one step. The order of a backup is: packs; index; manifest. The manifest's
+// and its copy alone are replaced, each in one step. The order of a backup is: packs; index; manifest. The manifest's
 // appearance is the commit; packs that no manifest leads to are harmless.
 //
 // # config
@@ -42,6 +42,7 @@
 // are told apart: check the sum first, then "version". Fields of the JSON:
 //
 //	version     1
+//	revision    how often the config has been changed; absent for 0
 //	id          16 bytes, hexadecimal, random: the repository's id
 //	created     RFC 3339
 //	chunk_size  bytes, a power of two from 65536 to 4194304
@@ -51,7 +52,10 @@
 //
 // A key slot wraps the master key with one passphrase:
 //
-//	id, created
+//	id          text, of no other slot
+//	created     RFC 3339
+//	kind        "recovery" when the passphrase is a recovery key; else absent
+//	label       text for people; may be absent
 //	kdf         "argon2id" (RFC 9106, version 0x13), 32 bytes of output
 //	time, memory_kib, threads, salt (hexadecimal)     its parameters
 //	wrapped     hexadecimal: 12 bytes nonce, 32 bytes encrypted master key, 16 bytes tag
@@ -62,6 +66,35 @@
 //
 // with numbers in decimal, so that none of these can be changed without the passphrase.
 // The passphrase is taken as its bytes are. One that opens no slot is wrong.
+//
+// A recovery key is 32 random bytes and the first 3 bytes of their BLAKE3, in base 32 with the
+// alphabet 0123456789ABCDEFGHJKMNPQRSTVWXYZ, most significant bit first: 56 characters, and
+// these are the bytes of the passphrase. For people it has dashes after every 4 characters. A
+// program that is given one takes lower case for upper, O for 0, I and L for 1, leaves out
+// white space and dashes, and can tell by the 3 bytes that it was mistyped. As it cannot be
+// guessed, its slot has the least parameters of Argon2id.
+//
+// # Changing keys
+//
+// Keys are added and removed by replacing the config; chunks stay as they are, because the
+// master key does. Who replaces it
+//
+//  1. takes a lock that excludes all others who do (in a local directory, flock(2) on config.lock),
+//  2. reads config and config.copy, and goes on from the one that holds, see below,
+//  3. makes the changes, adds 1 to revision, and keeps every field, of slots too, that it does not know,
+//  4. writes config.copy, then config, and then reports success.
+//
+// When both are whole and differ, the one of the higher revision holds if they have the same
+// repository id, and config otherwise. So a crash before the first of the two is written leaves the old keys, one
+// after it the new ones, and there is never a moment without a whole config. After
+// success the old keys are in neither. Whoever writes to the repository next makes the two equal again,
+// under the same lock, and from what he reads then. A damaged config brings back old
+// keys only if a change was cut off between the two writes, was not reported as done, and nobody has written since.
+//
+// What this does not do: the master key is the same for the life of a repository. Somebody who has both a
+// removed passphrase and a config from before its removal has the master key, and with it
+// everything that is stored later. Nor does it keep those who can write to the repository
+// from putting an old config back: neither revision nor the list of slots is authenticated.
 //
 // # Keys
 //
@@ -97,6 +130,10 @@
 //	32  32  id of the pack
 //	64  12  0
 //	76   4  CRC-32C of bytes 0..75
+//
+// Magic and CRC stay where they are in every version: a header that has both right and a
+// greater version is of a newer program, not damaged. The same holds for manifests, whose
+// magic, version and CRC stay.
 //
 // Record: a header of 56 bytes, then the body; the next record follows at once.
 //

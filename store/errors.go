@@ -20,6 +20,15 @@ var (
 	ErrNewerFormat = errors.New("repository format is newer than this program")
 	// ErrPassphrase: the passphrase opens none of the repository's keys.
 	ErrPassphrase = errors.New("wrong passphrase")
+	// ErrNotEncrypted: the repository has no keys that could be listed or changed.
+	ErrNotEncrypted = errors.New("repository is not encrypted: it has no keys")
+	// ErrLastKey: without its only key nobody could open the repository any more.
+	ErrLastKey = errors.New("the only key cannot be removed")
+	// ErrKeyInUse: the key that opened the repository is not removed: that another one
+	// opens it has not been proved.
+	ErrKeyInUse = errors.New("the key in use cannot be removed")
+	// ErrUnsure: a change of keys failed in its last step, so it may have taken effect.
+	ErrUnsure = errors.New("it may have been done all the same")
 	// ErrLocked: another process holds the repository and does not answer.
 	ErrLocked = errors.New("repository is locked")
 	// ErrAmbiguous: a name stands for more than one point.

@@ -31,7 +31,8 @@ const (
 // keys are everything derived from the master key. Safe for concurrent use.
 type keys struct {
 	master  [keyLen]byte
-	sealed  bool // false in a repository made without encryption
+	sealed  bool   // false in a repository made without encryption
+	slot    string // id of the key slot that gave the master key
 	chunkID [keyLen]byte
 	pageID  [keyLen]byte
 }

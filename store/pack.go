@@ -82,12 +82,17 @@ func encodePackHeader(repo [16]byte, id PackID, sealed bool) []byte {
 	return b
 }
 
-// checkPackHeader compares a pack's first bytes with what they must be.
+// checkPackHeader compares a pack's first bytes with what they must be. A header
+// that is whole and of a later version is ErrNewerFormat.
 func checkPackHeader(b []byte, repo [16]byte, id PackID, sealed bool) error {
-	if !bytes.Equal(b, encodePackHeader(repo, id, sealed)) {
-		return errors.New("pack header")
+	if bytes.Equal(b, encodePackHeader(repo, id, sealed)) {
+		return nil
 	}
-	return nil
+	whole := bytes.HasPrefix(b, packMagic[:]) && crc32.Checksum(b[:76], castagnoli) == binary.LittleEndian.Uint32(b[76:])
+	if v := binary.LittleEndian.Uint32(b[8:]); whole && v > packVersion {
+		return fmt.Errorf("%w: pack of version %d", ErrNewerFormat, v)
+	}
+	return errors.New("pack header")
 }
 
 // recordHeader is the decoded form of the 56 bytes before every body.

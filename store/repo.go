@@ -116,6 +116,7 @@ type Repo struct {
 	cfg      *config
 	cfgState configState
 	keys     *keys
+	ring     keyring
 	id       [16]byte
 	index    Index
 	leases   Leases
@@ -151,7 +152,7 @@ func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOption
 		r.warn = func(string) {}
 	}
 	for _, name := range st.damaged {
-		r.warn(fmt.Sprintf("%s is damaged or missing; its other copy is used", name))
+		r.warn(st.what(name))
 	}
 	var passphrase []byte
 	if st.cfg.Cipher != cipherNone {
@@ -292,11 +293,10 @@ func (r *Repo) prepareWrite(ctx context.Context) error {
 	if r.prepared {
 		return nil
 	}
-	for _, name := range r.cfgState.damaged {
-		if err := writeObject(ctx, r.bucket, name, r.cfgState.good); err != nil {
-			return fmt.Errorf("store: mend %s: %w", name, err)
+	if len(r.cfgState.damaged) > 0 {
+		if err := r.mendConfig(ctx); err != nil {
+			return err
 		}
-		r.warn(name + " was mended from its other copy")
 	}
 	r.cfgState.damaged = nil
 	if err := r.reconcile(ctx, r.index, false); err != nil {
@@ -416,6 +416,9 @@ func (r *Repo) packTable(ctx context.Context, id PackID) ([]PackRecord, error) {
 	recs, err := readFooter(o, o.Size(), r.id, id, r.keys.sealed)
 	if err == nil {
 		return recs, nil
+	}
+	if errors.Is(err, ErrNewerFormat) {
+		return nil, fmt.Errorf("pack %s: %w", id, err)
 	}
 	r.warn(fmt.Sprintf("pack %s: %v; its records are read one by one", id, err))
 	recs = nil

@@ -133,6 +133,22 @@ func commands() []command {
 			needs: needRepository, run: runStats,
 		},
 		{
+			name: "key", usage: "list|add|remove ID|change|recovery [--label TEXT] [--new-password-file FILE]",
+			short: "list and change the passwords that open the repository",
+			long: "add      one more password; all of them open the repository\n" +
+				"change   put a new password in the place of the one given\n" +
+				"remove   end a password, other than the one given, or a recovery key\n" +
+				"recovery print a random key that opens the repository when its password is lost, once\n" +
+				"The new password comes from --new-password-file, HOLDFAST_NEW_PASSWORD or a prompt.",
+			min: 1, max: -1, completes: words{list: keyActions()},
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "new-password-file", EnvVars: []string{"HOLDFAST_NEW_PASSWORD_FILE"}, TakesFile: true,
+					Usage: "`FILE` with the password to add or change to"},
+				&cli.StringFlag{Name: "label", Usage: "`TEXT` to tell the key from others"},
+			},
+			needs: needRepository, check: checkKey, run: runKey,
+		},
+		{
 			name: "completion", usage: "bash|zsh|fish", short: "write completion for a shell",
 			long: "For example: source <(holdfast completion bash)",
 			min:  1, max: 1, completes: words{list: shells()}, run: runCompletion,

@@ -62,9 +62,12 @@ func failures() []failure {
 		{isAny(store.ErrNewerFormat), exitFailed, "use a newer holdfast"},
 		{isAny(store.ErrDamaged), exitDamage, "'holdfast verify --read-data' lists all damage"},
 		{isAny(store.ErrLockedPoint), exitFailed, "no command lifts a lock or makes it shorter: it ends by itself"},
+		{isAny(store.ErrLastKey), exitFailed, "'holdfast key add' or 'holdfast key recovery' makes another one first"},
+		{isAny(store.ErrKeyInUse), exitFailed, "open the repository with another password to remove this one, or use 'holdfast key change'"},
 		{isAny(store.ErrAmbiguous), exitFailed, "give more digits of the id"},
 		{isAny(bucket.ErrFull), exitFailed, "free some space; what was stored so far is found again by the next run"},
 		{isAny(bucket.ErrReadOnly), exitFailed, "the repository cannot be written: check its mount and its owner"},
+		{isAny(store.ErrUnsure), exitFailed, "'holdfast key list' shows whether it was"},
 		{isAny(backup.ErrTargetExists), exitFailed, "nothing is overwritten: name another place, or restore --onto it"},
 		{isAny(vdisk.ErrRefused), exitFailed, "if you trust the image, use --allow-outside-backing"},
 	}

@@ -42,13 +42,24 @@ func (c *call) findPassword(ctx context.Context, twice bool) ([]byte, error) {
 	if c.cfg.repository.passwordFile != "" {
 		return c.passwordFrom(c.cfg.repository.passwordFile)
 	}
-	if c.stdin == nil || !term.IsTerminal(int(c.stdin.Fd())) {
+	if !c.canAsk() {
 		return nil, withHint(&accessError{errors.New("no password given and no terminal to ask on")},
 			"use --password-file FILE or HOLDFAST_PASSWORD_FILE")
 	}
-	p, err := c.prompt(ctx, "Password: ")
-	if err != nil || !twice {
-		return p, err
+	if twice {
+		return c.promptTwice(ctx, "Password: ")
+	}
+	return c.prompt(ctx, "Password: ")
+}
+
+// canAsk reports whether there is a terminal to ask on.
+func (c *call) canAsk() bool { return c.stdin != nil && term.IsTerminal(int(c.stdin.Fd())) }
+
+// promptTwice asks for a new password: nobody sees what is typed.
+func (c *call) promptTwice(ctx context.Context, question string) ([]byte, error) {
+	p, err := c.prompt(ctx, question)
+	if err != nil {
+		return nil, err
 	}
 	again, err := c.prompt(ctx, "The same again: ")
 	if err != nil {

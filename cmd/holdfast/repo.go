@@ -98,7 +98,7 @@ func runInit(ctx context.Context, c *call) error {
 	}
 	c.out.line("repository %s made: chunks of %s, %s", dir, sizeText(int64(size)), encryptionText(!opt.NoEncryption))
 	if !opt.NoEncryption {
-		c.progress.note("without its password nobody can read this repository: keep it in a second place")
+		c.progress.note("without its password nobody can read this repository: keep it in a second place, or print a 'holdfast key recovery'")
 	}
 	return c.out.object(struct {
 		Type      string `json:"type"`

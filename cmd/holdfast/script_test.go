@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -30,7 +31,10 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: filepath.Join("testdata", "script"),
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits,
+			"exits":   exits,
+			"idof":    idOf,
+			"lower":   lower,
+			"mistype": mistype,
 		},
 		Setup: func(e *testscript.Env) error {
 			// The config of the machine must not reach the scripts.
@@ -60,6 +64,42 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("%q: exit %d, want %d", args[1:], got, want)
 	}
+}
+
+// idOf WHICH PASSWORD-FILE puts the id of a key into $ID: the one that PASSWORD-FILE opens
+// ("used"), one that it does not ("unused"), or the first of all ("other").
+func idOf(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: idof used|unused|other PASSWORD-FILE")
+	}
+	ts.Check(ts.Exec("holdfast", "key", "list", "--json", "--password-file", args[1]))
+	for line := range strings.Lines(ts.ReadFile("stdout")) {
+		used := strings.Contains(line, `"in_use":true`)
+		if args[0] == "other" || used == (args[0] == "used") {
+			_, rest, _ := strings.Cut(line, `"id":"`)
+			ts.Setenv("ID", rest[:8])
+			return
+		}
+	}
+	ts.Fatalf("no such key")
+}
+
+// lower FROM TO writes a recovery key as it may be typed.
+func lower(ts *testscript.TestScript, _ bool, args []string) {
+	text := strings.ToLower(strings.ReplaceAll(ts.ReadFile(args[0]), "-", " "))
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(text), 0o600))
+}
+
+// mistype FROM TO exchanges two characters that differ.
+func mistype(ts *testscript.TestScript, _ bool, args []string) {
+	b := []byte(strings.ReplaceAll(ts.ReadFile(args[0]), "-", ""))
+	for i := range b[1:] {
+		if b[i] != b[i+1] {
+			b[i], b[i+1] = b[i+1], b[i]
+			break
+		}
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b, 0o600))
 }
 
 // probe is holdfast with these commands:

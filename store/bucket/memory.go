@@ -16,6 +16,7 @@ type Memory struct {
 	mu sync.Mutex
 	// guards following
 	objects map[string][]byte // name => content, never changed once here
+	locks   map[string]bool   // name => held
 }
 
 var _ Bucket = (*Memory)(nil)

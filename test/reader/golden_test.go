@@ -4,10 +4,12 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/store"
@@ -28,9 +30,11 @@ type goldenDigest struct {
 }
 
 // TestGolden reads repositories made by each version of the format. They are
-// never made anew: see makegolden.
+// never made anew: see makegolden. Those of v1-program were made by the program itself, with
+// its default chunks, which have several zstd frames each; that of v1-keys besides has had its
+// keys changed, and has a recovery key.
 func TestGolden(t *testing.T) {
-	for _, version := range []string{"v1"} {
+	for version, repos := range map[string]int{"v1": 2, "v1-program": 2, "v1-keys": 1} {
 		dir := filepath.Join("testdata", version)
 		b, err := os.ReadFile(filepath.Join(dir, "expected.json"))
 		if err != nil {
@@ -40,22 +44,41 @@ func TestGolden(t *testing.T) {
 		if err := json.Unmarshal(b, &want); err != nil {
 			t.Fatal(err)
 		}
-		if len(want) != 2 {
+		if len(want) != repos {
 			t.Fatalf("%s: %d repositories", version, len(want))
 		}
 		for name, points := range want {
 			t.Run(version+" "+name, func(t *testing.T) {
 				fsys := os.DirFS(filepath.Join(dir, name))
-				goldenByReader(t, fsys, points)
-				goldenByStore(t, fsys, points)
+				passwords := []string{"golden"}
+				if version == "v1-keys" {
+					passwords = append(passwords, goldenRecovery, strings.ToLower(strings.ReplaceAll(goldenRecovery, "-", " ")))
+					goldenRefused(t, fsys, "was") // its first one, removed since
+				}
+				for _, password := range passwords {
+					goldenByReader(t, fsys, points, password)
+					goldenByStore(t, fsys, points, password)
+				}
 			})
 		}
 	}
 }
 
-func goldenByReader(t *testing.T, fsys fs.FS, want map[string]goldenPoint) {
+// goldenRecovery is the recovery key of v1-keys.
+const goldenRecovery = "T74S-K9MM-WRKE-HNS3-TE5N-043W-YE75-739Q-ECG8-P2FD-KNKV-SYD7-6CZD-NPPA"
+
+func goldenRefused(t *testing.T, fsys fs.FS, password string) {
+	if _, err := reader.Open(fsys, reader.Options{Passphrase: password}); err == nil {
+		t.Errorf("the independent reader: %q opens it", password)
+	}
+	if err := openAs(t, fsObjects(t, fsys), password); !errors.Is(err, store.ErrPassphrase) {
+		t.Errorf("%q: %v", password, err)
+	}
+}
+
+func goldenByReader(t *testing.T, fsys fs.FS, want map[string]goldenPoint, password string) {
 	for _, scan := range []bool{false, true} {
-		r, err := reader.Open(fsys, reader.Options{Passphrase: "golden", Scan: scan})
+		r, err := reader.Open(fsys, reader.Options{Passphrase: password, Scan: scan})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -81,9 +104,9 @@ func goldenByReader(t *testing.T, fsys fs.FS, want map[string]goldenPoint) {
 	}
 }
 
-func goldenByStore(t *testing.T, fsys fs.FS, want map[string]goldenPoint) {
+func goldenByStore(t *testing.T, fsys fs.FS, want map[string]goldenPoint, password string) {
 	opt := openOptions(t)
-	opt.Passphrase = func() ([]byte, error) { return []byte("golden"), nil }
+	opt.Passphrase = func() ([]byte, error) { return []byte(password), nil }
 	repo, err := store.Open(t.Context(), memoryOf(t, fsObjects(t, fsys)), store.MemoryIndex(), opt)
 	if err != nil {
 		t.Fatal(err)

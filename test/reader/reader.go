@@ -84,6 +84,7 @@ type keys struct {
 
 type config struct {
 	Version   int    `json:"version"`
+	Revision  uint64 `json:"revision"`
 	ID        string `json:"id"`
 	ChunkSize int    `json:"chunk_size"`
 	Cipher    string `json:"cipher"`
@@ -92,6 +93,7 @@ type config struct {
 }
 
 type slot struct {
+	Kind      string `json:"kind"`
 	KDF       string `json:"kdf"`
 	Time      uint32 `json:"time"`
 	MemoryKiB uint32 `json:"memory_kib"`
@@ -107,12 +109,15 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 func Open(fsys fs.FS, o Options) (*Repo, error) {
 	r := &Repo{fsys: fsys, packs: map[ID]*pack{}, records: map[ID][]place{}}
 	c, err := readConfig(fsys, "config")
-	if err != nil {
+	other, otherErr := readConfig(fsys, "config.copy")
+	switch {
+	case err != nil && otherErr != nil:
+		return nil, errors.Join(err, otherErr)
+	case err != nil:
 		r.Damage = append(r.Damage, err)
-		c, err = readConfig(fsys, "config.copy")
-		if err != nil {
-			return nil, errors.Join(append(r.Damage, err)...)
-		}
+		c = other
+	case otherErr == nil && other.ID == c.ID && other.Revision > c.Revision:
+		c = other
 	}
 	if err := r.unlock(c, o.Passphrase); err != nil {
 		return nil, err
@@ -190,13 +195,47 @@ func unwrap(c *config, passphrase string) ([]byte, error) {
 		if err := unhex(wrapped, s.Wrapped); err != nil {
 			return nil, fmt.Errorf("config: key %d: %w", i, err)
 		}
-		kek := argon2.IDKey([]byte(passphrase), salt, s.Time, s.MemoryKiB, s.Threads, 32)
+		given := passphrase
+		if s.Kind == "recovery" {
+			if given, err = recoveryKey(passphrase); err != nil {
+				continue
+			}
+		}
+		kek := argon2.IDKey([]byte(given), salt, s.Time, s.MemoryKiB, s.Threads, 32)
 		master, err := gcm(kek).Open(nil, wrapped[:12], wrapped[12:], []byte(ad))
 		if err == nil {
 			return master, nil
 		}
 	}
 	return nil, errors.New("config: the passphrase opens no key slot")
+}
+
+// recoveryKey is the passphrase that a recovery key stands for, as it was typed.
+func recoveryKey(typed string) (string, error) {
+	const alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+	text := strings.Join(strings.Fields(strings.ReplaceAll(strings.ToUpper(typed), "-", "")), "")
+	text = strings.NewReplacer("O", "0", "I", "1", "L", "1").Replace(text)
+	if len(text) != 56 {
+		return "", fmt.Errorf("a recovery key of %d characters", len(text))
+	}
+	var raw []byte
+	bits, n := uint32(0), 0
+	for _, c := range text {
+		v := strings.IndexRune(alphabet, c)
+		if v < 0 {
+			return "", fmt.Errorf("a recovery key with %q", c)
+		}
+		bits, n = bits<<5|uint32(v), n+5
+		if n >= 8 {
+			n -= 8
+			raw = append(raw, byte(bits>>n))
+		}
+	}
+	sum := blake3.Sum256(raw[:32])
+	if !bytes.Equal(raw[32:], sum[:3]) {
+		return "", errors.New("a mistyped recovery key")
+	}
+	return text, nil
 }
 
 func (r *Repo) readPoints() error {

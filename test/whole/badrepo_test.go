@@ -26,6 +26,8 @@ var commands = [][]string{
 	{"mount", "@/mnt", "--background"},
 	{"verify", "--read-data"},
 	{"stats"},
+	{"key", "list"},
+	{"key", "recovery"},
 }
 
 // refused wants every command to end with that code and text, and to make nothing.
