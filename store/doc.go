@@ -23,9 +23,11 @@
 //	config.copy       the same bytes again; used when config fails its check, or is older
 //	packs/<64 hex>    chunks and pages
 //	points/<32 hex>   one manifest per restore point
+//	gc/state          which packs are about to be removed; no reader needs it
 //
 // and, in a local directory, what is not part of the format: index/ (Badger), tmp/
-// (objects being written), config.lock (see below), owner.lock and owner.sock (see store/remote).
+// (objects being written), leases/ (who is at work), config.lock (see below), owner.lock
+// and owner.sock (see store/remote).
 //
 // An object is written under another name, synced, renamed, and its directory synced:
 // it is there whole or not at all. Objects are never changed, only added and removed; config
@@ -222,11 +224,33 @@
 // "name", "size" and "root": configuration files are stored as small disks. Unknown fields are
 // ignored.
 //
+// # gc/state
+//
+// What a collection leaves for the next one and for an index that is made anew. The
+// envelope is that of the config with the first line "holdfast gc\n"; fields of the JSON:
+//
+//	version  1
+//	epoch    16 bytes, hexadecimal, random: another one after every change of packs, and before
+//	         the first of them is removed, so that an older copy of an index is seen to be one
+//	packs    ids of the condemned packs, in order, hexadecimal
+//	waits    ids of the leases that the packs wait for; null when nobody has looked yet
+//
+// A condemned pack is readable and counts like any other for readers. A writer does
+// not rely on it: it stores what is only there again. A condemned pack may be removed when
+//
+//	no lease in waits is left, and then
+//	all that the manifests, read after that, and the leases of readers, read after the
+//	manifests, lead to in it has been written to other packs.
+//
+// Whoever adds a manifest has had a lease (see Leases) since before it looked up the first
+// chunk, and, to share pages or chunks with an older point without looking them up, a lease of a
+// reader on that point since before it saw that the point's manifest is still there.
+//
 // # Index
 //
 // The index (see badger.go) maps ids to places in packs, and caches pages and
 // summaries of the points. It is trusted for nothing: records repeat their id, pages are
 // compared with theirs, summaries are sealed. It is compared with the objects on opening: the
-// names of manifests always, those of packs after a crash, before the first write, and when
-// there are points that it has never seen.
+// names of manifests and the epoch of gc always, the names of packs after a crash, before the
+// first write, and when there are points or an epoch that it has never seen.
 package store
