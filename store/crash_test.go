@@ -165,7 +165,7 @@ func crashEverywhere(t *testing.T, m *bucket.Memory, index string, committed []c
 			where := fmt.Sprintf("%s at call %d of the backup at %v", k.name, n, vm.at)
 			left := m.Crash()
 			f := bucket.NewFaulty(left, bucket.At(n, bucket.Fault{Kind: k.kind}))
-			used, after := t.TempDir(), t.TempDir()
+			used, after := memoryDir(t), memoryDir(t)
 			copyIndex(t, index, used)
 			repo, err := crashOpen(t.Context(), f, store.LocalIndex(used, false))
 			if err == nil {
@@ -180,7 +180,7 @@ func crashEverywhere(t *testing.T, m *bucket.Memory, index string, committed []c
 			if err == nil || k.kind == bucket.Gone {
 				points = append(points[:len(points):len(points)], crashPoint{vm, err == nil})
 			}
-			before := t.TempDir()
+			before := memoryDir(t)
 			copyIndex(t, index, before)
 			for name, open := range map[string]store.IndexOpener{
 				"no index": store.MemoryIndex(), "old index": store.LocalIndex(before, false), "index left": store.LocalIndex(after, false),

@@ -9,6 +9,9 @@ import (
 // fill many of them. Call it before anything is written.
 func (r *Repo) SetPackSize(n uint32) { r.packer.target = n }
 
+// SetMergePacks makes gc of r merge n small packs.
+func (r *Repo) SetMergePacks(n int) { r.mergePacks = n }
+
 // CheapKeys makes Init choose the least parameters of Argon2id, for tests that
 // open a repository a thousand times, and gives back what undoes it.
 func CheapKeys() (undo func()) {

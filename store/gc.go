@@ -288,7 +288,7 @@ func (g *collector) choose(packs []NumberedPack, first uint32) []PackID {
 			small = append(small, p.ID)
 		}
 	}
-	if len(small) >= mergePacks {
+	if len(small) >= g.repo.mergePacks {
 		chosen = append(chosen, small...)
 	}
 	return chosen

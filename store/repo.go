@@ -123,11 +123,12 @@ type Repo struct {
 	indexBox box
 	warn     func(string)
 
-	packer *packer
-	packs  packCache
-	chunks *chunkCache
-	leaves *pageCache
-	pageID func(plain []byte) ID
+	packer     *packer
+	mergePacks int // small packs that gc merges; a constant but for tests
+	packs      packCache
+	chunks     *chunkCache
+	leaves     *pageCache
+	pageID     func(plain []byte) ID
 
 	prepareMu sync.Mutex // guards following
 	prepared  bool       // index compared with the bucket for writing
@@ -166,7 +167,7 @@ func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOption
 	if r.leases = opt.Leases; r.leases == nil {
 		r.leases = &MemoryLeases{}
 	}
-	r.packer = newPacker(r)
+	r.packer, r.mergePacks = newPacker(r), mergePacks
 	r.packs.open = r.openPack
 	r.chunks = newChunkCache(cmp.Or(opt.ChunkCache, 64<<20))
 	r.leaves = newPageCache(cmp.Or(opt.PageCache, 32<<20))
