@@ -388,6 +388,17 @@ func (s *schedule) run(ctx context.Context) (err error) {
 		}
 		return nil
 	})
+	work(func() error {
+		for range 2 {
+			// What a point that goes meanwhile lacks, or a pack that is collected, is no damage.
+			var damage error
+			_, err := s.repos[s.j.n(4)].Verify(ctx, store.VerifyOptions{ReadData: true, Damage: func(d *store.DamageError) { damage = errors.Join(damage, d) }})
+			if err := errors.Join(err, damage); err != nil {
+				return fmt.Errorf("verify: %w", err)
+			}
+		}
+		return nil
+	})
 	if s.j.n(3) == 0 {
 		work(func() error {
 			time.Sleep(time.Duration(s.j.n(4000)) * time.Microsecond)

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -87,7 +88,7 @@ func (r *Repo) Verify(ctx context.Context, opt VerifyOptions) (VerifyReport, err
 		}
 	}
 	for id, b := range v.bad {
-		if !v.named[id] {
+		if !v.named[id] && b.pack != 0 { // others were found by way of a point, which may be forgotten since
 			v.found(&DamageError{What: "record of " + id.String()[:16] + ", which no point checked here uses", Err: b.err})
 		}
 	}
@@ -151,7 +152,11 @@ func (v *verifier) manifests(ctx context.Context) ([]*Point, error) {
 			d.Point = cmp.Or(d.Point, s.Path())
 			v.found(d)
 		case errors.Is(err, ErrNotExist):
-			if _, gone := v.repo.bucket.Open(ctx, pointObject(s.ID)); errors.Is(gone, ErrNotExist) {
+			gone, err := v.unlisted(ctx, s)
+			if err != nil {
+				return nil, err
+			}
+			if !gone {
 				v.found(&DamageError{Point: s.Path(), What: "manifest " + s.ID.String(), Err: errors.New("missing")})
 			}
 		default:
@@ -159,6 +164,26 @@ func (v *verifier) manifests(ctx context.Context) ([]*Point, error) {
 		}
 	}
 	return points, nil
+}
+
+// unlisted waits a moment for a point without a manifest to go from the listing,
+// as the next step of forgetting it is.
+func (v *verifier) unlisted(ctx context.Context, s Summary) (bool, error) {
+	for range 20 {
+		list, err := v.repo.PointsOf(ctx, s.VM)
+		if err != nil {
+			return false, err
+		}
+		if !slices.ContainsFunc(list, func(l Summary) bool { return l.ID == s.ID }) {
+			return true, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	return false, nil
 }
 
 // packs checks the packs: with ReadData every byte, otherwise header, table and size.
@@ -205,6 +230,9 @@ func (v *verifier) pack(ctx context.Context, p NumberedPack) error {
 	what := "pack " + p.ID.String()
 	o, err := r.bucket.Open(ctx, packName(p.ID))
 	if errors.Is(err, bucket.ErrNotExist) {
+		if gone, err := v.collected(ctx, p.ID); gone || err != nil {
+			return err
+		}
 		v.found(&DamageError{What: what, Err: errors.New("missing")})
 		v.setBroken(p.Number, nil)
 		return nil
@@ -249,6 +277,33 @@ func (v *verifier) pack(ctx context.Context, p NumberedPack) error {
 	defer v.mu.Unlock()
 	v.report.Read += o.Size()
 	return nil
+}
+
+// collected reports whether a pack that is missing was removed by a gc since the
+// list of packs was made.
+func (v *verifier) collected(ctx context.Context, id PackID) (bool, error) {
+	for p, err := range v.repo.index.Packs(ctx) {
+		if err != nil {
+			return false, fmt.Errorf("store: %w", err)
+		}
+		if p.ID == id {
+			return p.Condemned, nil
+		}
+	}
+	return true, nil
+}
+
+// forgotten reports whether a point went since the manifests were read: then what it
+// lacks is no damage.
+func (v *verifier) forgotten(ctx context.Context, id PointID) (bool, error) {
+	_, err := v.repo.readManifest(ctx, id)
+	if errors.Is(err, ErrNotExist) {
+		return true, nil
+	}
+	if errors.Is(err, ErrDamaged) {
+		err = nil
+	}
+	return false, err
 }
 
 // checkRecord proves one record by its CRC-32C, its tag and its content hash.
@@ -327,6 +382,9 @@ func (v *verifier) point(ctx context.Context, p *Point) error {
 			return err
 		}
 		if bad {
+			if gone, err := v.forgotten(ctx, p.ID); gone || err != nil {
+				return err
+			}
 			left := maxFindingsPerDisk
 			if err := v.places(ctx, img, m.root.Page, img.top, 0, &left); err != nil {
 				return err
@@ -452,7 +510,7 @@ func (v *verifier) chunk(ctx context.Context, id ID, loc Loc) error {
 	}
 	dst := make([]byte, v.repo.cfg.ChunkSize)
 	v.report.Read += int64(loc.Len)
-	return v.repo.readWhole(ctx, id, loc, dst, true)
+	return v.repo.retried(ctx, id, loc, func(loc Loc) error { return v.repo.readWhole(ctx, id, loc, dst, true) })
 }
 
 // places reports the damaged chunks and pages below a page by their offsets.
