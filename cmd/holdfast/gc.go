@@ -22,7 +22,7 @@ func runGC(ctx context.Context, c *call) error {
 				if t != nil {
 					t.end(nil)
 				}
-				t, phase, last = c.progress.task("gc", string(p), total), p, 0
+				t, phase, last = c.progress.task("gc "+string(p), "", total), p, 0
 			}
 			t.add(done - last)
 			last = done
