@@ -45,6 +45,24 @@ func LocalIndex(dir string, readOnly bool) IndexOpener {
 	}
 }
 
+// NewLocalIndex is LocalIndex without what is in dir, all of which goes.
+func NewLocalIndex(dir string) IndexOpener {
+	return func(ctx context.Context, repo [16]byte, check IndexCheck) (Index, error) {
+		// In one step: half an index must not be taken for one.
+		old := dir + ".old"
+		if err := os.RemoveAll(old); err != nil {
+			return nil, err
+		}
+		if err := os.Rename(dir, old); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		if err := os.RemoveAll(old); err != nil {
+			return nil, err
+		}
+		return LocalIndex(dir, false)(ctx, repo, check)
+	}
+}
+
 // checked compares an index with the repository before it is used.
 func checked(ctx context.Context, x *badgerIndex, check IndexCheck) (Index, error) {
 	if x.readOnly && !x.wasClean {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/zeebo/blake3"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/store/bucket"
 )
@@ -106,6 +108,9 @@ type OpenOptions struct {
 	// Leases are shared with the other processes that use the repository; nil when
 	// there are none.
 	Leases Leases
+	// Indexing is told of the packs, in bytes, whose tables are read because the
+	// index lacks them. Never called by two goroutines at once; may be nil.
+	Indexing func(done, total int64)
 	// Warn is told what the user should know; nil drops it.
 	Warn func(string)
 }
@@ -122,6 +127,7 @@ type Repo struct {
 	leases   Leases
 	indexBox box
 	warn     func(string)
+	indexing func(done, total int64)
 
 	packer     *packer
 	mergePacks int // small packs that gc merges; a constant but for tests
@@ -151,6 +157,9 @@ func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOption
 	r := &Repo{bucket: b, cfg: st.cfg, cfgState: st, id: [16]byte(st.cfg.ID), warn: opt.Warn}
 	if r.warn == nil {
 		r.warn = func(string) {}
+	}
+	if r.indexing = opt.Indexing; r.indexing == nil {
+		r.indexing = func(int64, int64) {}
 	}
 	for _, name := range st.damaged {
 		r.warn(st.what(name))
@@ -358,6 +367,7 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index) error {
 		}
 		known[p.ID] = p
 	}
+	var news []PackInfo
 	for info, err := range r.bucket.List(ctx, packPrefix) {
 		if err != nil {
 			return fmt.Errorf("list packs: %w", err)
@@ -366,26 +376,18 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index) error {
 		if err != nil {
 			continue
 		}
-		if k, ok := known[id]; ok && k.Size == info.Size {
-			delete(known, id)
-			continue
-		}
-		recs, err := r.packTable(ctx, id)
-		if errors.Is(err, ErrNotExist) {
-			continue // collected meanwhile
-		}
-		if err != nil {
-			return err
-		}
-		if k, ok := known[id]; ok { // cut short: forget what it held
+		if k, ok := known[id]; ok && k.Size != info.Size { // cut short: forget what it held
 			if err := x.DropPack(ctx, k.ID, nil); err != nil {
 				return err
 			}
 		}
-		if err := x.AddPack(ctx, PackInfo{ID: id, Size: info.Size}, recs); err != nil {
-			return err
+		if k, ok := known[id]; !ok || k.Size != info.Size {
+			news = append(news, PackInfo{ID: id, Size: info.Size})
 		}
 		delete(known, id)
+	}
+	if err := r.addPacks(ctx, x, news); err != nil {
+		return err
 	}
 	for _, p := range known {
 		// A gc of another process may have removed the pack since the list was made.
@@ -403,6 +405,34 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index) error {
 		}
 	}
 	return nil
+}
+
+// addPacks reads the tables of packs into x.
+func (r *Repo) addPacks(ctx context.Context, x Index, packs []PackInfo) error {
+	var done, total int64 // bytes of packs
+	for _, p := range packs {
+		total += p.Size
+	}
+	var mu sync.Mutex // guards done
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, p := range packs {
+		g.Go(func() error {
+			recs, err := r.packTable(ctx, p.ID)
+			if err == nil {
+				err = x.AddPack(ctx, p, recs)
+			}
+			if err != nil && !errors.Is(err, ErrNotExist) { // collected meanwhile
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			done += p.Size
+			r.indexing(done, total)
+			return nil
+		})
+	}
+	return g.Wait()
 }
 
 // packTable gives the records of a pack: from its footer, or, when that is

@@ -129,6 +129,12 @@ func commands() []command {
 			check: func(c *call) error { _, err := share(c.String("repack-below")); return err },
 		},
 		{
+			name: "repair", usage: "index", short: "make the index anew",
+			long: "index  where chunks lie and which points there are, out of packs and manifests alone",
+			min:  1, max: 1, completes: words{list: repairActions()},
+			needs: needRepository, check: checkRepair, run: runRepair,
+		},
+		{
 			name: "stats", short: "show what the repository holds and saves",
 			needs: needRepository, run: runStats,
 		},

@@ -17,14 +17,34 @@ import (
 
 // open opens the repository of the call. The caller closes it.
 func (c *call) open(ctx context.Context) (*store.Repo, error) {
+	return c.openWith(ctx, remote.Index(c.repo))
+}
+
+// openWith is open with a certain index.
+func (c *call) openWith(ctx context.Context, index store.IndexOpener) (*store.Repo, error) {
 	b, err := openBucket(c.repo)
 	if err != nil {
 		return nil, err
 	}
-	r, err := store.Open(ctx, b, remote.Index(c.repo), store.OpenOptions{
+	var t *task // shown when there is much to be read
+	last := int64(0)
+	r, err := store.Open(ctx, b, index, store.OpenOptions{
 		Passphrase: func() ([]byte, error) { return c.password(ctx) },
 		Leases:     remote.Leases(c.repo),
 		Warn:       func(text string) { c.progress.warn("%s", text) },
+		Indexing: func(done, total int64) {
+			if t == nil && total < indexingShown {
+				return
+			}
+			if t == nil {
+				t = c.progress.task("index", "", total)
+			}
+			t.add(done - last)
+			if last = done; done == total {
+				t.end(nil)
+				t, last = nil, 0
+			}
+		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", c.repo, err)
@@ -36,6 +56,10 @@ func (c *call) open(ctx context.Context) (*store.Repo, error) {
 	}
 	return r, nil
 }
+
+// indexingShown is from how many bytes of packs on their being read into the index
+// is shown: what takes more than a second or so.
+const indexingShown = 16 << 30
 
 // openBucket opens the directory of a repository; one that is missing or no
 // directory is no repository.

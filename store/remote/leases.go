@@ -62,10 +62,10 @@ func (l fileLeases) Take(ctx context.Context, lease store.Lease) (func(), error)
 		// Gone before it was locked: somebody cleaned up, or the folder is missing.
 		if !errors.Is(err, fs.ErrNotExist) || try >= 100 {
 			os.Remove(draft)
-			return nil, leaseError(err)
+			return nil, named(err)
 		}
 		if err := os.Mkdir(l.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, leaseError(err)
+			return nil, named(err)
 		}
 	}
 }
@@ -95,7 +95,7 @@ func (l fileLeases) Live(ctx context.Context) ([]store.Lease, error) {
 		return nil, ctx.Err()
 	}
 	if err != nil {
-		return nil, leaseError(err)
+		return nil, named(err)
 	}
 	var live []store.Lease
 	for _, e := range entries {
@@ -112,7 +112,7 @@ func (l fileLeases) Live(ctx context.Context) ([]store.Lease, error) {
 		}
 		lease, ok, err := l.look(e.Name())
 		if err != nil {
-			return nil, leaseError(err)
+			return nil, named(err)
 		}
 		if ok {
 			lease.ID = id
@@ -170,8 +170,8 @@ func decodeLease(b []byte) (store.Lease, error) {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// leaseError adds the sentinel that err stands for.
-func leaseError(err error) error {
+// named adds the sentinel that an error of the file system stands for.
+func named(err error) error {
 	switch {
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return fmt.Errorf("%w: %w", bucket.ErrFull, err)

@@ -49,11 +49,23 @@ func Index(dir string) store.IndexOpener {
 	}
 }
 
+// NewIndex is Index, but makes the index anew. ErrLocked when another process has it.
+func NewIndex(dir string) store.IndexOpener {
+	return func(ctx context.Context, repo [16]byte, check store.IndexCheck) (store.Index, error) {
+		x := &index{dir: dir, repo: repo, check: check, anew: true}
+		if _, err := x.elect(ctx, 0); err != nil {
+			return nil, err
+		}
+		return x, nil
+	}
+}
+
 // index is owner or client, whichever its process is at the moment.
 type index struct {
 	dir   string
 	repo  [16]byte
 	check store.IndexCheck
+	anew  bool // to be the owner of a new index, or nothing
 
 	electing sync.Mutex // held while a new owner is sought
 
@@ -128,16 +140,19 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 // become tries once: owner, else client. errGone says try again.
 func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, error) {
 	lock, err := os.OpenFile(filepath.Join(x.dir, lockName), os.O_RDWR|os.O_CREATE|syscall.O_CLOEXEC, 0o600)
-	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.ENOSPC) {
+	if !x.anew && (errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.ENOSPC)) {
 		cur, err := x.readOnly(ctx)
 		return cur, nil, nil, err
 	}
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, nil, named(err)
 	}
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if free, ferr := bucket.FreeBytes(x.dir); err == nil && ferr == nil && free < store.MinFree {
 		lock.Close() // a reader serves nobody
+		if x.anew {
+			return nil, nil, nil, fmt.Errorf("index: %w", bucket.ErrFull)
+		}
 		cur, err := x.readOnly(ctx)
 		return cur, nil, nil, err
 	}
@@ -152,6 +167,9 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 	lock.Close()
 	if !errors.Is(err, syscall.EWOULDBLOCK) {
 		return nil, nil, nil, fmt.Errorf("lock: %w", err)
+	}
+	if x.anew {
+		return nil, nil, nil, fmt.Errorf("index: %w by another process", store.ErrLocked)
 	}
 	path, done, err := x.socketPath()
 	if err != nil {
@@ -172,10 +190,15 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 
 // own opens the index and serves it. The lock is held.
 func (x *index) own(ctx context.Context) (store.Index, *server, error) {
-	local, err := store.LocalIndex(filepath.Join(x.dir, indexDir), false)(ctx, x.repo, x.check)
+	open := store.LocalIndex(filepath.Join(x.dir, indexDir), false)
+	if x.anew {
+		open = store.NewLocalIndex(filepath.Join(x.dir, indexDir))
+	}
+	local, err := open(ctx, x.repo, x.check)
 	if err != nil {
 		return nil, nil, err
 	}
+	x.anew = false
 	path, done, err := x.socketPath()
 	if err != nil {
 		local.Close()
