@@ -3,7 +3,7 @@ GO ?= go
 
 FLAGS ?=
 
-.PHONY: build test race fuzz cover lint demo bench
+.PHONY: build test race fuzz cover lint demo bench scale schedules
 
 build:
 	$(GO) build -trimpath -o bin/holdfast ./cmd/holdfast
@@ -15,6 +15,14 @@ demo:
 # Side by side with restic, borg and kopia; as root for cold caches and mounts.
 bench:
 	$(GO) run ./test/bench $(FLAGS)
+
+# 100,000 restore points, 1 PiB of disks: what the commands take. FLAGS="--points 10000" for less.
+scale:
+	$(GO) run ./test/scale $(FLAGS)
+
+# 1,000 random schedules of backups, forget, gc and reads at once, under the race detector.
+schedules:
+	HOLDFAST_TEST_SCHEDULES=1000 $(GO) test -race -timeout 60m -count 1 -v -run TestGCSchedules ./store
 
 # Installs what the tests need when run as root, then runs all of them and skips nothing.
 test: build
