@@ -15,7 +15,7 @@ import (
 )
 
 // Sizes of the pipeline. Its memory is jobsInFlight × jobBytes (or × the chunk
-// size where that is larger), plus twice the chunk size per worker.
+// size or the plan's unit where that is larger), plus twice the chunk size per worker.
 const (
 	jobBytes     = 1 << 20 // one read from the source
 	jobsInFlight = 32
@@ -59,7 +59,7 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 	}
 	defer builder.Close(context.WithoutCancel(ctx))
 	cs := r.repo.ChunkSize()
-	perJob := max(1, jobBytes/cs)
+	perJob := max(1, max(jobBytes, p.unit)/cs)
 
 	g, gctx := errgroup.WithContext(ctx)
 	free := make(chan *job, jobsInFlight)
