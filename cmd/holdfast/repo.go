@@ -15,19 +15,19 @@ import (
 	"github.com/holdfast-backup/holdfast/store/remote"
 )
 
-// open opens the repository of the call. The caller closes it.
-func (c *call) open(ctx context.Context) (*store.Repo, error) {
-	b, err := openBucket(c.repo)
+// open opens the repository in dir. The caller closes it.
+func (c *call) open(ctx context.Context, dir string, password func(context.Context) ([]byte, error)) (*store.Repo, error) {
+	b, err := openBucket(dir)
 	if err != nil {
 		return nil, err
 	}
-	r, err := store.Open(ctx, b, remote.Index(c.repo), store.OpenOptions{
-		Passphrase: func() ([]byte, error) { return c.password(ctx) },
-		Leases:     remote.Leases(c.repo),
+	r, err := store.Open(ctx, b, remote.Index(dir), store.OpenOptions{
+		Passphrase: func() ([]byte, error) { return password(ctx) },
+		Leases:     remote.Leases(dir),
 		Warn:       func(text string) { c.progress.warn("%s", text) },
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", c.repo, err)
+		return nil, fmt.Errorf("open %s: %w", dir, err)
 	}
 	if n, err := b.CleanTemp(); n > 0 {
 		c.progress.detail("removed %d unfinished objects of a run that was killed", n)
@@ -50,15 +50,20 @@ func openBucket(dir string) (*bucket.Local, error) {
 	return bucket.OpenLocal(dir)
 }
 
-// withRepo opens the repository, runs fn and closes it.
-func (c *call) withRepo(ctx context.Context, fn func(*store.Repo) error) (err error) {
-	r, err := c.open(ctx)
+// withRepo opens the repository of the call, runs fn and closes it.
+func (c *call) withRepo(ctx context.Context, fn func(*store.Repo) error) error {
+	return c.withRepoIn(ctx, c.repo, c.password, fn)
+}
+
+// withRepoIn does so with the repository in dir.
+func (c *call) withRepoIn(ctx context.Context, dir string, password func(context.Context) ([]byte, error), fn func(*store.Repo) error) (err error) {
+	r, err := c.open(ctx, dir, password)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if cerr := r.Close(); err == nil && cerr != nil {
-			err = fmt.Errorf("close %s: %w", c.repo, cerr)
+			err = fmt.Errorf("close %s: %w", dir, cerr)
 		}
 	}()
 	return fn(r)
