@@ -203,6 +203,11 @@ func (c *copier) point(ctx context.Context, s store.Summary) (Copied, error) {
 		q.Config = append(q.Config, f)
 	}
 	q.Stats.Duration = c.opt.Now().Sub(began).Seconds()
+	// Another copy may have been quicker.
+	if there, err = c.find(ctx, p); err != nil || there != nil {
+		res.Point, res.Skipped = there, there != nil
+		return res, err
+	}
 	if err := draft.Commit(ctx, &q); err != nil {
 		return res, err
 	}
@@ -249,10 +254,7 @@ func (c *copier) at(ctx context.Context, vm string, t time.Time) ([]store.Summar
 // repositories have, and keeps it readable in both. Without one it is empty.
 func (c *copier) base(ctx context.Context, p *store.Point) (b base, release func(), err error) {
 	none := func() {}
-	at := slices.IndexFunc(c.siblings, func(s store.Summary) bool { return s.ID == p.ID })
-	near := slices.Clone(c.siblings[:max(at, 0)])
-	slices.Reverse(near)
-	for _, s := range append(near, c.siblings[at+1:]...) {
+	for s := range c.near(p) {
 		list, err := c.at(ctx, s.VM, s.Time)
 		if err != nil {
 			return base{}, none, err
@@ -287,6 +289,28 @@ func (c *copier) base(ctx context.Context, p *store.Point) (b base, release func
 		return base{from, to}, func() { release(); releaseTo() }, nil
 	}
 	return base{}, none, nil
+}
+
+// near yields the other points of the VM: those before p from new to old, then those
+// after it from old to new.
+func (c *copier) near(p *store.Point) iter.Seq[store.Summary] {
+	// Points have whole seconds, and so have summaries.
+	at, _ := slices.BinarySearchFunc(c.siblings, p.Time, func(s store.Summary, t time.Time) int { return s.Time.Compare(t) })
+	for at < len(c.siblings)-1 && c.siblings[at].ID != p.ID {
+		at++
+	}
+	return func(yield func(store.Summary) bool) {
+		for i := at - 1; i >= 0; i-- {
+			if !yield(c.siblings[i]) {
+				return
+			}
+		}
+		for i := at + 1; i < len(c.siblings); i++ {
+			if !yield(c.siblings[i]) {
+				return
+			}
+		}
+	}
 }
 
 // shared is one disk or file of a base.

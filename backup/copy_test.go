@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -14,11 +15,13 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/fstest"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/bucket"
+	"github.com/holdfast-backup/holdfast/test/reader"
 )
 
 // copyAll copies points and wants no error.
@@ -89,6 +92,40 @@ func wantWhole(t *testing.T, r *store.Repo) {
 	t.Helper()
 	if _, err := r.Verify(t.Context(), store.VerifyOptions{ReadData: true, Damage: func(d *store.DamageError) { t.Error(d) }}); err != nil {
 		t.Error(err)
+	}
+}
+
+// wantRead has the independent reader read a bucket, and wants all its points to be
+// copies with these disks.
+func wantRead(t *testing.T, b bucket.Bucket, disks map[store.PointID]map[string][]byte) {
+	t.Helper()
+	fsys := fstest.MapFS{}
+	for name, content := range objects(t, b) {
+		fsys[name] = &fstest.MapFile{Data: []byte(content)}
+	}
+	r, err := reader.Open(fsys, reader.Options{Passphrase: "secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(r.Damage...); err != nil {
+		t.Error(err)
+	}
+	for _, p := range r.Points {
+		var of struct {
+			Origin store.Origin `json:"copied_from"`
+		}
+		if err := json.Unmarshal(p.JSON, &of); err != nil {
+			t.Fatal(err)
+		}
+		want, ok := disks[of.Origin.Point]
+		if !ok || len(p.Disks) != len(want) {
+			t.Errorf("%s is a copy of %v and has %d disks", p.Name, of.Origin, len(p.Disks))
+		}
+		for _, d := range p.Disks {
+			if got, err := r.Bytes(d); err != nil || !bytes.Equal(got, want[d.Name]) {
+				t.Errorf("independent reader: %s %s: wrong bytes, or %v", p.Name, d.Name, err)
+			}
+		}
 	}
 }
 
@@ -268,6 +305,7 @@ func TestCopy(t *testing.T) {
 			}
 			anew := openRepo(t, b)
 			wantWhole(t, anew)
+			wantRead(t, b, h.disks)
 			before := objects(t, b)
 			for _, res := range copyAll(t, from, anew, points) {
 				if !res.Skipped {
@@ -596,16 +634,22 @@ func TestCopyCancelled(t *testing.T) {
 // bucket, in every way; whatever is there then is right, and the same copy again, with an
 // index made anew, completes it.
 func TestCopyCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short")
+	}
 	_, from := newRepo(t, store.InitOptions{ChunkSize: 64 << 10, NoEncryption: true})
-	d := &memDisk{key: "a", data: make([]byte, 3<<20+9)}
+	d := &memDisk{key: "a", data: make([]byte, 1<<20+9)}
 	var wants [][]byte
+	disks := map[store.PointID]map[string][]byte{}
 	for i := range 2 {
 		mutate(rand.New(rand.NewPCG(9, uint64(i))), d.data, 6)
 		snap := &memSnapshot{name: "vm", at: time.Unix(1e9+int64(i), 0), disks: []*memDisk{d},
 			config: []backup.ConfigFile{{Name: "at", Data: fmt.Append(nil, i)}}}
-		if _, err := backup.Run(t.Context(), from, snap, backup.Options{}); err != nil {
+		p, err := backup.Run(t.Context(), from, snap, backup.Options{})
+		if err != nil {
 			t.Fatal(err)
 		}
+		disks[p.ID] = map[string][]byte{"disk0": bytes.Clone(d.data)}
 		wants = append(wants, bytes.Clone(d.data))
 	}
 	points := pointsOf(t, from)
@@ -630,6 +674,7 @@ func TestCopyCrash(t *testing.T) {
 				to.Close()
 			}
 			left = left.Crash()
+			wantRead(t, left, disks)
 			to := openRepo(t, left)
 			found := pointsOf(t, to)
 			if len(found) < done || len(found) > len(points) {
@@ -642,7 +687,7 @@ func TestCopyCrash(t *testing.T) {
 				}
 				wantDisk(t, to, res.Point, "disk0", wants[i])
 			}
-			wantWhole(t, to)
+			wantRead(t, left.Crash(), disks)
 			if n := len(pointsOf(t, to)); n != len(points) {
 				t.Errorf("%s: %d points after the second copy", where, n)
 			}
