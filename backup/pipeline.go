@@ -5,6 +5,7 @@ import (
 	"io"
 	"iter"
 	"runtime"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -14,7 +15,7 @@ import (
 )
 
 // Sizes of the pipeline. Its memory is jobsInFlight × jobBytes (or × the chunk
-// size where that is larger), plus twice the chunk size per worker.
+// size or the plan's unit where that is larger), plus twice the chunk size per worker.
 const (
 	jobBytes     = 1 << 20 // one read from the source
 	jobsInFlight = 32
@@ -58,7 +59,7 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 	}
 	defer builder.Close(context.WithoutCancel(ctx))
 	cs := r.repo.ChunkSize()
-	perJob := max(1, jobBytes/cs)
+	perJob := max(1, max(jobBytes, p.unit)/cs)
 
 	g, gctx := errgroup.WithContext(ctx)
 	free := make(chan *job, jobsInFlight)
@@ -101,9 +102,13 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 		return nil
 	})
 
-	reading, rctx := errgroup.WithContext(gctx)
+	// Each reader's error ends the group at once: the others may wait for jobs that are
+	// only made when those before the failed one are done.
+	var reading sync.WaitGroup
 	for range readers {
-		reading.Go(func() error {
+		reading.Add(1)
+		g.Go(func() error {
+			defer reading.Done()
 			for j := range toRead {
 				if err := (exactReader{src}).ReadAt(j.buf[:j.bytes], j.first*int64(cs)); err != nil {
 					return err
@@ -111,16 +116,17 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 				clear(j.buf[j.bytes : j.n*cs])
 				select {
 				case toStore <- j:
-				case <-rctx.Done():
-					return rctx.Err()
+				case <-gctx.Done():
+					return gctx.Err()
 				}
 			}
 			return nil
 		})
 	}
 	g.Go(func() error {
-		defer close(toStore)
-		return reading.Wait()
+		reading.Wait()
+		close(toStore)
+		return nil
 	})
 
 	for range runtime.GOMAXPROCS(0) {

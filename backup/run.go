@@ -182,6 +182,7 @@ type plan struct {
 	since  string       // change id; empty reads everything
 	data   int64        // with since: bytes of the parent's disk that are no holes
 	why    string       // recorded in the point
+	unit   int          // bytes; reads are whole multiples of it where the ranges are
 }
 
 func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
@@ -200,10 +201,7 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 	if err != nil {
 		return plan{}, err
 	}
-	whole, err := r.repo.Whole(ctx)
-	if err == nil && !whole {
-		whole, err = img.Complete(ctx)
-	}
+	whole, err := r.whole(ctx, img)
 	if err != nil {
 		return plan{}, err
 	}
@@ -226,6 +224,15 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 		p.since, p.why, p.data = old.ChangeID, "changes", old.Stats.Data
 	}
 	return p, nil
+}
+
+// whole reports whether a new point may share what img, of the parent, consists of.
+func (r *run) whole(ctx context.Context, img *store.Image) (bool, error) {
+	whole, err := r.repo.Whole(ctx)
+	if err == nil && !whole {
+		whole, err = img.Complete(ctx)
+	}
+	return whole, err
 }
 
 // disk backs up one disk. Change tracking that turns out to be lost before the

@@ -26,7 +26,8 @@ type memDisk struct {
 	changed map[string][]extent.Extent // since => ranges
 	lost    bool                       // Extents(since) reports lost tracking
 	short   int64                      // when positive, reads end there
-	read    int64
+	bad     extent.Extent              // reads that touch it give err
+	err     error
 }
 
 func (d *memDisk) Key() string      { return d.key }
@@ -36,6 +37,9 @@ func (d *memDisk) ChangeID() string { return d.change }
 func (d *memDisk) Verify() (string, error) { return "", nil }
 
 func (d *memDisk) ReadAt(p []byte, off int64) (int, error) {
+	if !extent.Intersect(d.bad, extent.Extent{Off: off, Len: int64(len(p))}).Empty() {
+		return 0, d.err
+	}
 	if d.short > 0 && off+int64(len(p)) > d.short {
 		return int(max(0, d.short-off)), io.EOF
 	}
@@ -249,6 +253,19 @@ func TestShrinkingDisk(t *testing.T) {
 	}
 	if list, err := repo.Points(t.Context()); err != nil || len(list) != 0 {
 		t.Fatalf("%d points, %v", len(list), err)
+	}
+}
+
+// TestOneBadRead: one read that fails, in the middle of a disk with far more jobs
+// than are in flight, ends the run.
+func TestOneBadRead(t *testing.T) {
+	bad := errors.New("unreadable")
+	for range 10 {
+		_, repo := newRepo(t, store.InitOptions{})
+		d := &memDisk{key: "a", data: bytes.Repeat([]byte{7}, 150<<20), bad: extent.Extent{Off: 60 << 20, Len: 1}, err: bad}
+		if _, err := backup.Run(t.Context(), repo, &memSnapshot{name: "vm", disks: []*memDisk{d}}, backup.Options{}); !errors.Is(err, bad) {
+			t.Fatal(err)
+		}
 	}
 }
 

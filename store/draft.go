@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -284,7 +285,8 @@ func (s *pageStore) flush(ctx context.Context) error {
 func (d *Draft) Stored() int64 { return d.stored.Load() }
 
 // Commit makes the point durable: packs, then index, then the manifest, whose
-// appearance is the commit. It fills in p.ID, p.Name and the stored bytes. When it returns an
+// appearance is the commit. It fills in p.ID, p.Name and the stored bytes; a name that p has
+// already, and that is one for its time, stays when it is free. When it returns an
 // error the point does not exist, unless removing it failed too or the error says that
 // only the index lacks it.
 func (d *Draft) Commit(ctx context.Context, p *Point) error {
@@ -346,17 +348,36 @@ func (r *Repo) reserveName(ctx context.Context, p *Point) (string, error) {
 	for _, s := range list {
 		taken[s.Name] = true
 	}
+	// Who takes a name with a number reserves it as well, however it came to it.
+	free := func(name string) (bool, error) {
+		if taken[name] {
+			return false, nil
+		}
+		n, err := r.index.Reserve(ctx, p.VM.Name+"/"+name)
+		if err != nil {
+			return false, fmt.Errorf("store: %w", err)
+		}
+		return n == 0, nil
+	}
+	if suffix, ok := strings.CutPrefix(p.Name, base+"-"); ok && strings.Trim(suffix, "0123456789") == "" {
+		if ok, err := free(p.Name); ok || err != nil {
+			return p.Name, err
+		}
+	}
 	for {
 		n, err := r.index.Reserve(ctx, p.VM.Name+"/"+base)
 		if err != nil {
 			return "", fmt.Errorf("store: %w", err)
 		}
-		name := base
-		if n > 0 {
-			name = fmt.Sprintf("%s-%d", base, n+1)
+		if n == 0 && !taken[base] {
+			return base, nil
 		}
-		if !taken[name] {
-			return name, nil
+		if n == 0 {
+			continue
+		}
+		name := fmt.Sprintf("%s-%d", base, n+1)
+		if ok, err := free(name); ok || err != nil {
+			return name, err
 		}
 	}
 }

@@ -23,6 +23,7 @@ type Image struct {
 	chunks int64
 	// point and disk name the image in errors.
 	point, disk string
+	checked     bool // see Checked
 }
 
 var _ io.ReaderAt = (*Image)(nil)
@@ -65,6 +66,15 @@ func (m *Image) Size() int64 { return m.root.Size }
 
 // ChunkSize is the unit in which the image is stored, bytes.
 func (m *Image) ChunkSize() int { return m.repo.cfg.ChunkSize }
+
+// Checked is the same image, of which every chunk that is read is also compared with
+// its id: the proof that does not rest on the writer of the pack. Where a read wants a part of a
+// chunk it costs all of it.
+func (m *Image) Checked() *Image {
+	c := *m
+	c.checked = true
+	return &c
+}
 
 // located fills the place of a damage into err.
 func (m *Image) located(err error, off int64) error {
@@ -213,7 +223,13 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		return nil
 	}
 	if len(p) == r.cfg.ChunkSize {
-		return r.retried(ctx, id, loc, func(loc Loc) error { return r.readWhole(ctx, id, loc, p, false) })
+		return r.retried(ctx, id, loc, func(loc Loc) error { return r.readWhole(ctx, id, loc, p, m.checked) })
+	}
+	if m.checked {
+		whole := make([]byte, r.cfg.ChunkSize)
+		err := r.retried(ctx, id, loc, func(loc Loc) error { return r.readWhole(ctx, id, loc, whole, true) })
+		copy(p, whole[from:])
+		return err
 	}
 	for len(p) > 0 {
 		if whole := int64(len(p)) &^ (frameLen - 1); from%frameLen == 0 && whole > 0 {

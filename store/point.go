@@ -31,6 +31,15 @@ type Point struct {
 	Program     string       `json:"program,omitempty"` // version of holdfast that made the point
 	// LockedUntil is when the point may be forgotten; zero: at any time. UTC, whole seconds.
 	LockedUntil time.Time `json:"locked_until,omitzero"`
+	// CopiedFrom is the point that this one is a copy of, in another repository. Of a copy
+	// of a copy it is the first. Nil: this is no copy.
+	CopiedFrom *Origin `json:"copied_from,omitempty"`
+}
+
+// Origin names a point wherever it is.
+type Origin struct {
+	Repository string  `json:"repository"` // id, hexadecimal
+	Point      PointID `json:"point"`
 }
 
 // VM identifies the machine that a point is of.

@@ -585,6 +585,14 @@ func (r *Repo) Named(ctx context.Context, vm, name string) (Summary, error) {
 	return s, nil
 }
 
+// Origin is where a point of r was first made: what it was copied from, or itself.
+func (r *Repo) Origin(p *Point) Origin {
+	if p.CopiedFrom != nil {
+		return *p.CopiedFrom
+	}
+	return Origin{Repository: r.ID(), Point: p.ID}
+}
+
 // Point reads the manifest of a point.
 func (r *Repo) Point(ctx context.Context, id PointID) (*Point, error) { return r.readPoint(ctx, id) }
 

@@ -82,6 +82,21 @@ func commands() []command {
 			needs: needRepository, check: checkRestore, run: runRestore,
 		},
 		{
+			name: "copy", usage: "[POINT|VM]... --to REPO [--to-password-file FILE]",
+			short: "copy restore points to another repository",
+			long: "Without POINT or VM, all of them. REPO is a repository, of any chunk size and password; only what it\n" +
+				"lacks is sent. Points that it has are left out, so the same command again goes on where one was stopped.\n" +
+				"A lock is copied, too. Its password comes from --to-password-file, HOLDFAST_TO_PASSWORD_FILE,\n" +
+				"HOLDFAST_TO_PASSWORD or a prompt.\n" + pointHelp,
+			max: -1,
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "to", TakesFile: true, Usage: "`REPO` that the points are copied to"},
+				&cli.StringFlag{Name: "to-password-file", EnvVars: []string{"HOLDFAST_TO_PASSWORD_FILE"}, TakesFile: true,
+					Usage: "`FILE` with its password"},
+			},
+			needs: needRepository, check: checkCopy, run: runCopy,
+		},
+		{
 			name: "mount", usage: "DIR [--allow-other] [--background]",
 			short: "show all restore points as files",
 			long:  "It runs until umount, SIGINT or SIGTERM.",

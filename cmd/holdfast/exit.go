@@ -55,6 +55,7 @@ func failures() []failure {
 		{isAny(errPartlyDone), exitPartly, ""},
 		{isType[*usageError], exitUsage, "see 'holdfast help'"},
 		{isType[*configError], exitUsage, ""},
+		{isAny(backup.ErrSameRepository), exitUsage, "name another repository with --to"},
 		{isType[*accessError], exitAccess, ""},
 		{isAny(store.ErrPassphrase), exitAccess, ""},
 		{isAny(store.ErrNoRepository), exitNoRepository, "'holdfast init DIR' makes a repository"},

@@ -30,26 +30,49 @@ func (c *call) newPassword(ctx context.Context) ([]byte, error) {
 	return c.findPassword(ctx, true)
 }
 
+// toPassword returns the password of the repository that --to names. It looks at
+// --to-password-file or HOLDFAST_TO_PASSWORD_FILE, HOLDFAST_TO_PASSWORD, a prompt; never at
+// where the other one comes from.
+func (c *call) toPassword(ctx context.Context) ([]byte, error) {
+	return c.passwordIn(ctx, passwordPlaces{file: c.String("to-password-file"), variable: "HOLDFAST_TO_PASSWORD",
+		question: "Password of " + printable(c.String("to")) + ": ",
+		what:     "no password given for " + c.String("to"), hint: "use --to-password-file FILE or HOLDFAST_TO_PASSWORD_FILE"}, false)
+}
+
 func (c *call) findPassword(ctx context.Context, twice bool) ([]byte, error) {
-	if c.passwordFile != "" {
-		return c.passwordFrom(c.passwordFile)
+	return c.passwordIn(ctx, passwordPlaces{file: c.passwordFile, variable: "HOLDFAST_PASSWORD", config: c.cfg.repository.passwordFile,
+		question: "Password: ", what: "no password given", hint: "use --password-file FILE or HOLDFAST_PASSWORD_FILE"}, twice)
+}
+
+// passwordPlaces say where a password is looked for, in this order.
+type passwordPlaces struct {
+	file     string // of a flag or its variable; may be empty
+	variable string // that holds the password
+	config   string // file that the config names; may be empty
+	question string
+	// what is said when it is in none of them and nobody can be asked.
+	what, hint string
+}
+
+func (c *call) passwordIn(ctx context.Context, in passwordPlaces, twice bool) ([]byte, error) {
+	if in.file != "" {
+		return c.passwordFrom(in.file)
 	}
 	// Set but empty is what "HOLDFAST_PASSWORD= holdfast …" and unset secrets
 	// of CI systems leave behind: nothing was given.
-	if p := os.Getenv("HOLDFAST_PASSWORD"); p != "" {
+	if p := os.Getenv(in.variable); p != "" {
 		return []byte(p), nil
 	}
-	if c.cfg.repository.passwordFile != "" {
-		return c.passwordFrom(c.cfg.repository.passwordFile)
+	if in.config != "" {
+		return c.passwordFrom(in.config)
 	}
 	if !c.canAsk() {
-		return nil, withHint(&accessError{errors.New("no password given and no terminal to ask on")},
-			"use --password-file FILE or HOLDFAST_PASSWORD_FILE")
+		return nil, withHint(&accessError{errors.New(in.what + " and no terminal to ask on")}, "%s", in.hint)
 	}
 	if twice {
-		return c.promptTwice(ctx, "Password: ")
+		return c.promptTwice(ctx, in.question)
 	}
-	return c.prompt(ctx, "Password: ")
+	return c.prompt(ctx, in.question)
 }
 
 // canAsk reports whether there is a terminal to ask on.

@@ -78,6 +78,9 @@ func runShow(ctx context.Context, c *call) error {
 		if l := lockText(p.LockedUntil, c.clock.now()); l != "" {
 			fields = append(fields, [2]string{"locked until", l})
 		}
+		if o := p.CopiedFrom; o != nil {
+			fields = append(fields, [2]string{"copied from", fmt.Sprintf("%s in repository %s", o.Point, o.Repository)})
+		}
 		fields = append(fields,
 			[2]string{"size", fmt.Sprintf("%s, %s of data", sizeText(p.Stats.Total), sizeText(p.Stats.Data))},
 			[2]string{"read", sizeText(p.Stats.Read)},

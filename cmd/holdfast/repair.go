@@ -22,24 +22,20 @@ func checkRepair(c *call) error {
 // runRepair makes the index anew. Opening the repository with it does all of the work.
 func runRepair(ctx context.Context, c *call) error {
 	began := time.Now()
-	r, err := c.openWith(ctx, remote.NewIndex(c.repo))
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	s, err := r.Stats(ctx)
-	if err != nil {
-		return err
-	}
-	seconds := time.Since(began).Seconds()
-	c.out.line("index made anew: %d points, %d packs, %s, %.1f GiB/s", s.Points, s.Packs, sizeText(s.Stored), float64(s.Stored)/(1<<30)/seconds)
-	if err := c.out.object(struct {
-		Type     string  `json:"type"` // "repair"
-		Part     string  `json:"part"`
-		Duration float64 `json:"duration_s"`
-		store.RepoStats
-	}{"repair", "index", seconds, s}); err != nil {
-		return err
-	}
-	return r.Close()
+	p := c.here()
+	p.index = remote.NewIndex(c.repo)
+	return c.withRepoIn(ctx, p, func(r *store.Repo) error {
+		s, err := r.Stats(ctx)
+		if err != nil {
+			return err
+		}
+		seconds := time.Since(began).Seconds()
+		c.out.line("index made anew: %d points, %d packs, %s, %.1f GiB/s", s.Points, s.Packs, sizeText(s.Stored), float64(s.Stored)/(1<<30)/seconds)
+		return c.out.object(struct {
+			Type     string  `json:"type"` // "repair"
+			Part     string  `json:"part"`
+			Duration float64 `json:"duration_s"`
+			store.RepoStats
+		}{"repair", "index", seconds, s})
+	})
 }

@@ -15,22 +15,30 @@ import (
 	"github.com/holdfast-backup/holdfast/store/remote"
 )
 
-// open opens the repository of the call. The caller closes it.
-func (c *call) open(ctx context.Context) (*store.Repo, error) {
-	return c.openWith(ctx, remote.Index(c.repo))
+// place is a repository and how its password is had.
+type place struct {
+	dir      string
+	password func(context.Context) ([]byte, error)
+	index    store.IndexOpener // nil: shared with other processes
 }
 
-// openWith is open with a certain index.
-func (c *call) openWith(ctx context.Context, index store.IndexOpener) (*store.Repo, error) {
-	b, err := openBucket(c.repo)
+// here is the repository of the call.
+func (c *call) here() place { return place{dir: c.repo, password: c.password} }
+
+// open opens a repository. The caller closes it.
+func (c *call) open(ctx context.Context, p place) (*store.Repo, error) {
+	b, err := openBucket(p.dir)
 	if err != nil {
 		return nil, err
 	}
+	if p.index == nil {
+		p.index = remote.Index(p.dir)
+	}
 	var t *task // shown when there is much to be read
 	last := int64(0)
-	r, err := store.Open(ctx, b, index, store.OpenOptions{
-		Passphrase: func() ([]byte, error) { return c.password(ctx) },
-		Leases:     remote.Leases(c.repo),
+	r, err := store.Open(ctx, b, p.index, store.OpenOptions{
+		Passphrase: func() ([]byte, error) { return p.password(ctx) },
+		Leases:     remote.Leases(p.dir),
 		Warn:       func(text string) { c.progress.warn("%s", text) },
 		Indexing: func(done, total int64) {
 			if t == nil && total < indexingShown {
@@ -47,7 +55,7 @@ func (c *call) openWith(ctx context.Context, index store.IndexOpener) (*store.Re
 		},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", c.repo, err)
+		return nil, fmt.Errorf("open %s: %w", p.dir, err)
 	}
 	if n, err := b.CleanTemp(); n > 0 {
 		c.progress.detail("removed %d unfinished objects of a run that was killed", n)
@@ -74,15 +82,20 @@ func openBucket(dir string) (*bucket.Local, error) {
 	return bucket.OpenLocal(dir)
 }
 
-// withRepo opens the repository, runs fn and closes it.
-func (c *call) withRepo(ctx context.Context, fn func(*store.Repo) error) (err error) {
-	r, err := c.open(ctx)
+// withRepo opens the repository of the call, runs fn and closes it.
+func (c *call) withRepo(ctx context.Context, fn func(*store.Repo) error) error {
+	return c.withRepoIn(ctx, c.here(), fn)
+}
+
+// withRepoIn does so with any repository.
+func (c *call) withRepoIn(ctx context.Context, p place, fn func(*store.Repo) error) (err error) {
+	r, err := c.open(ctx, p)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if cerr := r.Close(); err == nil && cerr != nil {
-			err = fmt.Errorf("close %s: %w", c.repo, cerr)
+			err = fmt.Errorf("close %s: %w", p.dir, cerr)
 		}
 	}()
 	return fn(r)
