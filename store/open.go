@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 )
@@ -31,7 +32,7 @@ func LocalIndex(dir string, readOnly bool) IndexOpener {
 				return nil, err
 			}
 		}
-		x, err := openBadger(dir, repo, readOnly)
+		x, err := openProved(dir, repo, readOnly)
 		if err != nil && !readOnly && !errors.Is(err, os.ErrPermission) {
 			if err := clearIndex(dir); err != nil {
 				return nil, err
@@ -43,6 +44,20 @@ func LocalIndex(dir string, readOnly bool) IndexOpener {
 		}
 		return checked(ctx, x, check)
 	}
+}
+
+// openProved is openBadger for files that somebody else has written.
+func openProved(dir string, repo [16]byte, readOnly bool) (x *badgerIndex, err error) {
+	if err := proveFiles(dir); err != nil {
+		return nil, err
+	}
+	// What is not proved Badger checks with care, and sometimes with a panic.
+	defer func() {
+		if r := recover(); r != nil {
+			x, err = nil, fmt.Errorf("%w: %v", errIndexFiles, r)
+		}
+	}()
+	return openBadger(dir, repo, readOnly)
 }
 
 // checked compares an index with the repository before it is used.
