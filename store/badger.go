@@ -279,6 +279,9 @@ func (x *badgerIndex) setState(repo [16]byte, clean bool) error {
 // markDirty begins every write: it makes a crash from here on visible to the
 // next owner. Callers hold x.mu.
 func (x *badgerIndex) markDirty() error {
+	if x.readOnly {
+		return bucket.ErrReadOnly
+	}
 	if err := x.room(); err != nil {
 		return err
 	}
@@ -740,6 +743,9 @@ func (x *badgerIndex) each(ctx context.Context, kind byte, after []byte, values 
 }
 
 func (x *badgerIndex) DropPages(_ context.Context, ids []ID) error {
+	if x.readOnly {
+		return nil
+	}
 	wb := x.db.NewWriteBatch()
 	defer wb.Cancel()
 	for _, id := range ids {

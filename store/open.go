@@ -66,11 +66,12 @@ func checked(ctx context.Context, x *badgerIndex, check IndexCheck) (Index, erro
 		x.Close()
 		return nil, ErrIndexStale
 	}
-	if !x.readOnly {
-		if err := check(ctx, x, x.wasClean); err != nil {
-			x.Close()
-			return nil, err
+	if err := check(ctx, x, x.wasClean); err != nil {
+		x.Close()
+		if x.readOnly { // most of all, because it had to be written
+			err = errors.Join(ErrIndexStale, err)
 		}
+		return nil, err
 	}
 	x.complete.Store(true)
 	return x, nil

@@ -62,10 +62,16 @@ type index struct {
 	term   int // counts elections
 	srv    *server
 	lock   *os.File
+	low    bool          // cur cannot be written, since there is too little room
+	memory bool          // if so, one in memory is wanted
+	old    []store.Index // which somebody may still be using
 	closed bool
 }
 
-var _ store.Index = (*index)(nil)
+var (
+	_ store.Index       = (*index)(nil)
+	_ store.IndexWriter = (*index)(nil)
+)
 
 // do runs fn with the present index, and again with the next one when the owner
 // went away. Every operation may be carried out twice without harm.
@@ -98,7 +104,9 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 	case now != term:
 		return cur, nil
 	}
-	if cur != nil {
+	if cur != nil && x.low {
+		x.old = append(x.old, cur)
+	} else if cur != nil {
 		cur.Close()
 	}
 	var last error
@@ -136,13 +144,17 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 		return nil, nil, nil, err
 	}
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if free, ferr := bucket.FreeBytes(x.dir); err == nil && ferr == nil && free < store.MinFree {
+	free, ferr := bucket.FreeBytes(x.dir)
+	if low := err == nil && ferr == nil && free < store.MinFree; x.setLow(low) {
 		lock.Close() // a reader serves nobody
 		cur, err := x.readOnly(ctx)
 		return cur, nil, nil, err
-	}
-	if err == nil {
-		cur, srv, err := x.own(ctx)
+	} else if err == nil {
+		open := store.LocalIndex(filepath.Join(x.dir, indexDir), false)
+		if low {
+			open = store.MemoryIndex()
+		}
+		cur, srv, err := x.own(ctx, open)
 		if err != nil {
 			lock.Close()
 			return nil, nil, nil, err
@@ -170,9 +182,34 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 	return c, nil, nil, nil
 }
 
+// setLow notes whether there is too little room to write an index on the medium,
+// and reports whether it is to be read as it is there.
+func (x *index) setLow(low bool) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.low = low && !x.memory
+	return x.low
+}
+
+// Write implements store.IndexWriter. Where there is too little room for an index
+// that can be written, one in memory takes its place for the rest of the process: what it is told
+// follows from the objects in the repository, so the one on the medium is brought up to
+// date by the next owner that has room.
+func (x *index) Write(ctx context.Context) error {
+	x.mu.Lock()
+	term, low := x.term, x.low
+	x.memory = true
+	x.mu.Unlock()
+	if !low {
+		return nil
+	}
+	_, err := x.elect(ctx, term)
+	return err
+}
+
 // own opens the index and serves it. The lock is held.
-func (x *index) own(ctx context.Context) (store.Index, *server, error) {
-	local, err := store.LocalIndex(filepath.Join(x.dir, indexDir), false)(ctx, x.repo, x.check)
+func (x *index) own(ctx context.Context, open store.IndexOpener) (store.Index, *server, error) {
+	local, err := open(ctx, x.repo, x.check)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -232,6 +269,9 @@ func (x *index) Close() error {
 		x.srv.close()
 	}
 	err := x.cur.Close()
+	for _, old := range x.old {
+		old.Close()
+	}
 	if x.lock != nil {
 		x.lock.Close()
 	}
