@@ -55,16 +55,20 @@ type index struct {
 	repo  [16]byte
 	check store.IndexCheck
 
-	electing sync.Mutex // held while a new owner is sought
+	electing sync.Mutex // held while a new owner is sought; guards following
+	lowNext  bool       // low and seen of what become has opened
+	seenNext string
+
+	using sync.RWMutex // held for reading while cur is used; never taken with mu held
 
 	mu     sync.Mutex // guards following
 	cur    store.Index
 	term   int // counts elections
 	srv    *server
 	lock   *os.File
-	low    bool          // cur cannot be written, since there is too little room
-	memory bool          // if so, one in memory is wanted
-	old    []store.Index // which somebody may still be using
+	low    bool   // cur cannot be written, since there is too little room
+	memory bool   // if so, one in memory is wanted
+	seen   string // what the repository looked like when cur was opened, if low
 	closed bool
 }
 
@@ -77,17 +81,33 @@ var (
 // went away. Every operation may be carried out twice without harm.
 func (x *index) do(ctx context.Context, fn func(store.Index) error) error {
 	for {
+		x.using.RLock()
 		x.mu.Lock()
-		cur, term := x.cur, x.term
+		cur, term, low, seen := x.cur, x.term, x.low, x.seen
 		x.mu.Unlock()
-		err := fn(cur)
+		err := errGone // what a frozen index says of a repository that has changed means nothing
+		if !low || seen == x.look() {
+			err = fn(cur)
+		}
+		x.using.RUnlock()
 		if !errors.Is(err, errGone) {
 			return err
 		}
-		if cur, err = x.elect(ctx, term); err != nil {
+		if _, err = x.elect(ctx, term); err != nil {
 			return err
 		}
 	}
+}
+
+// look is another text whenever a pack or a point came or went.
+func (x *index) look() string {
+	s := ""
+	for _, folder := range []string{"packs", "points", "gc"} {
+		if st, err := os.Stat(filepath.Join(x.dir, folder)); err == nil {
+			s += fmt.Sprint(st.ModTime().UnixNano(), " ")
+		}
+	}
+	return s
 }
 
 // elect makes this process the owner, or connects it to the one there is. It
@@ -104,18 +124,19 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 	case now != term:
 		return cur, nil
 	}
-	if cur != nil && x.low {
-		x.old = append(x.old, cur)
-	} else if cur != nil {
-		cur.Close()
-	}
+	old := cur
 	var last error
 	for deadline := time.Now().Add(electionTimeout); ; {
 		cur, srv, lock, err := x.become(ctx)
 		if err == nil {
 			x.mu.Lock()
-			x.cur, x.srv, x.lock, x.term = cur, srv, lock, term+1
+			x.cur, x.srv, x.lock, x.term, x.low, x.seen = cur, srv, lock, term+1, x.lowNext, x.seenNext
 			x.mu.Unlock()
+			if old != nil {
+				x.using.Lock() // others may be in the middle of a call
+				old.Close()
+				x.using.Unlock()
+			}
 			return cur, nil
 		}
 		if !errors.Is(err, errGone) {
@@ -145,7 +166,12 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 	}
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	free, ferr := bucket.FreeBytes(x.dir)
-	if low := err == nil && ferr == nil && free < store.MinFree; x.setLow(low) {
+	x.mu.Lock()
+	memory := x.memory
+	x.mu.Unlock()
+	low := err == nil && ferr == nil && free < store.MinFree
+	x.lowNext, x.seenNext = low && !memory, x.look()
+	if x.lowNext {
 		lock.Close() // a reader serves nobody
 		cur, err := x.readOnly(ctx)
 		return cur, nil, nil, err
@@ -180,15 +206,6 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 		return nil, nil, nil, err
 	}
 	return c, nil, nil, nil
-}
-
-// setLow notes whether there is too little room to write an index on the medium,
-// and reports whether it is to be read as it is there.
-func (x *index) setLow(low bool) bool {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.low = low && !x.memory
-	return x.low
 }
 
 // Write implements store.IndexWriter. Where there is too little room for an index
@@ -269,9 +286,6 @@ func (x *index) Close() error {
 		x.srv.close()
 	}
 	err := x.cur.Close()
-	for _, old := range x.old {
-		old.Close()
-	}
 	if x.lock != nil {
 		x.lock.Close()
 	}
