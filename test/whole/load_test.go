@@ -261,7 +261,10 @@ func (l *load) forgetting(t *testing.T) {
 			case gone && known && keep, gone && !killed && !known:
 				t.Errorf("%s was not chosen and is gone", p.path())
 			}
-			if p.fate = stays; gone {
+			switch {
+			case !gone:
+				p.fate = stays
+			case !killed: // else an owner that lives on may list it until it looks again
 				p.fate = isGone
 			}
 		}
@@ -481,6 +484,11 @@ func TestLoadUnderKill(t *testing.T) {
 
 // settle looks at everything when all is quiet.
 func (l *load) settle(t *testing.T, dir string) {
+	for _, p := range l.points {
+		if p.fate == goes {
+			p.fate = isGone
+		}
+	}
 	listed := l.look(t)
 	for id := range listed {
 		if l.points[id].fate == isGone {
