@@ -29,6 +29,9 @@ func (r *Repo) ForgetDamaged(ctx context.Context, ids []PointID, now time.Time) 
 }
 
 func (r *Repo) forget(ctx context.Context, ids []PointID, now time.Time, damaged bool) (done []PointID, err error) {
+	if err := r.makeRoom(ctx); err != nil {
+		return nil, err
+	}
 	list, err := r.Points(ctx)
 	if err != nil {
 		return nil, err

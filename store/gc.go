@@ -89,6 +89,9 @@ func (r *Repo) GC(ctx context.Context, opt GCOptions) (rep GCReport, err error) 
 			return rep, err
 		}
 		defer release()
+		if err := r.makeRoom(ctx); err != nil {
+			return rep, err
+		}
 		if err := r.prepareWrite(ctx); err != nil {
 			return rep, err
 		}
@@ -377,12 +380,23 @@ func (g *collector) sweep(ctx context.Context) error {
 	for _, d := range doomed {
 		total += d.Size
 	}
+	// Those that hold nothing go first: that may make the room for copying the rest.
 	for _, d := range doomed {
-		g.opt.Progress(GCSweep, done, total)
-		done += d.Size
-		if d.keep {
+		if d.keep || len(d.live) > 0 {
 			continue
 		}
+		if err := g.remove(ctx, d); err != nil {
+			return err
+		}
+		done += d.Size
+		g.opt.Progress(GCSweep, done, total)
+	}
+	for _, d := range doomed {
+		if d.keep || len(d.live) == 0 {
+			continue
+		}
+		g.opt.Progress(GCSweep, done, total)
+		done += d.Size
 		if err := g.rescue(ctx, d); err != nil {
 			return err
 		}
@@ -396,13 +410,13 @@ func (g *collector) sweep(ctx context.Context) error {
 	}
 	left := 0
 	for _, d := range doomed {
-		if !d.keep {
+		switch {
+		case d.keep:
+			left++
+		case len(d.live) > 0:
 			if err := g.remove(ctx, d); err != nil {
 				return err
 			}
-		}
-		if d.keep {
-			left++
 		}
 	}
 	g.opt.Progress(GCSweep, total, total)

@@ -123,6 +123,14 @@ type Index interface {
 	Close() error
 }
 
+// IndexWriter is an Index that may have been opened for reading alone, for lack of
+// room on the medium.
+type IndexWriter interface {
+	// Write makes it one that can be written, if need be another one, of another
+	// incarnation and in memory. Forget and gc call it before they begin: they make room.
+	Write(ctx context.Context) error
+}
+
 // NumberedPack is a pack and its number in the index.
 type NumberedPack struct {
 	Number uint32

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 )
@@ -31,7 +32,7 @@ func LocalIndex(dir string, readOnly bool) IndexOpener {
 				return nil, err
 			}
 		}
-		x, err := openBadger(dir, repo, readOnly)
+		x, err := openProved(dir, repo, readOnly)
 		if err != nil && !readOnly && !errors.Is(err, os.ErrPermission) {
 			if err := clearIndex(dir); err != nil {
 				return nil, err
@@ -63,17 +64,32 @@ func NewLocalIndex(dir string) IndexOpener {
 	}
 }
 
+// openProved is openBadger for files that somebody else has written.
+func openProved(dir string, repo [16]byte, readOnly bool) (x *badgerIndex, err error) {
+	if err := proveFiles(dir); err != nil {
+		return nil, err
+	}
+	// What is not proved Badger checks with care, and sometimes with a panic.
+	defer func() {
+		if r := recover(); r != nil {
+			x, err = nil, fmt.Errorf("%w: %v", errIndexFiles, r)
+		}
+	}()
+	return openBadger(dir, repo, readOnly)
+}
+
 // checked compares an index with the repository before it is used.
 func checked(ctx context.Context, x *badgerIndex, check IndexCheck) (Index, error) {
 	if x.readOnly && !x.wasClean {
 		x.Close()
 		return nil, ErrIndexStale
 	}
-	if !x.readOnly {
-		if err := check(ctx, x, x.wasClean); err != nil {
-			x.Close()
-			return nil, err
+	if err := check(ctx, x, x.wasClean); err != nil {
+		x.Close()
+		if x.readOnly { // most of all, because it had to be written
+			err = errors.Join(ErrIndexStale, err)
 		}
+		return nil, err
 	}
 	x.complete.Store(true)
 	return x, nil

@@ -295,6 +295,19 @@ func (r *Repo) hashPage(plain []byte) (id ID) {
 	return id
 }
 
+// makeRoom begins what gives back space: it needs an index that can be written,
+// but no room for it on the medium.
+func (r *Repo) makeRoom(ctx context.Context) error {
+	w, ok := r.index.(IndexWriter)
+	if !ok {
+		return nil
+	}
+	if err := w.Write(ctx); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	return nil
+}
+
 // prepareWrite compares the index with what the bucket really holds and mends a
 // lost copy of the config, once: a run must not rely on chunks whose pack is gone.
 func (r *Repo) prepareWrite(ctx context.Context) error {
@@ -325,7 +338,7 @@ func (r *Repo) reconcile(ctx context.Context, x Index, clean bool) error {
 	}
 	clean = clean && !stale
 	if !clean {
-		if err := r.reconcilePacks(ctx, x); err != nil {
+		if err := r.reconcilePacks(ctx, x, stale); err != nil {
 			return err
 		}
 	}
@@ -341,7 +354,7 @@ func (r *Repo) reconcile(ctx context.Context, x Index, clean bool) error {
 	}
 	// Points that a clean index has never seen: it is from before them, and so it
 	// lacks their packs as well.
-	return r.reconcilePacks(ctx, x)
+	return r.reconcilePacks(ctx, x, stale)
 }
 
 // markEmptyWhole: an index that begins with the repository lacks nothing.
@@ -359,7 +372,9 @@ func (r *Repo) markEmptyWhole(ctx context.Context, x Index) error {
 // need. When it is not, what a point claims to share with others has to be checked.
 func (r *Repo) Whole(ctx context.Context) (bool, error) { return r.index.Whole(ctx) }
 
-func (r *Repo) reconcilePacks(ctx context.Context, x Index) error {
+// reconcilePacks makes the registry of x that of the packs that are there. stale says
+// that there was a collection that x has not heard of.
+func (r *Repo) reconcilePacks(ctx context.Context, x Index, stale bool) error {
 	known := map[PackID]NumberedPack{}
 	for p, err := range x.Packs(ctx) {
 		if err != nil {
@@ -397,7 +412,7 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index) error {
 		case err != nil:
 			return err
 		}
-		if !p.Condemned {
+		if !p.Condemned && !stale {
 			r.warn(fmt.Sprintf("pack %s is missing", p.ID))
 		}
 		if err := x.DropPack(ctx, p.ID, nil); err != nil {

@@ -67,33 +67,59 @@ type index struct {
 	check store.IndexCheck
 	anew  bool // to be the owner of a new index, or nothing
 
-	electing sync.Mutex // held while a new owner is sought
+	electing sync.Mutex // held while a new owner is sought; guards following
+	lowNext  bool       // low and seen of what become has opened
+	seenNext string
+
+	using sync.RWMutex // held for reading while cur is used; never taken with mu held
 
 	mu     sync.Mutex // guards following
 	cur    store.Index
 	term   int // counts elections
 	srv    *server
 	lock   *os.File
+	low    bool   // cur cannot be written, since there is too little room
+	memory bool   // if so, one in memory is wanted
+	seen   string // what the repository looked like when cur was opened, if low
 	closed bool
 }
 
-var _ store.Index = (*index)(nil)
+var (
+	_ store.Index       = (*index)(nil)
+	_ store.IndexWriter = (*index)(nil)
+)
 
 // do runs fn with the present index, and again with the next one when the owner
 // went away. Every operation may be carried out twice without harm.
 func (x *index) do(ctx context.Context, fn func(store.Index) error) error {
 	for {
+		x.using.RLock()
 		x.mu.Lock()
-		cur, term := x.cur, x.term
+		cur, term, low, seen := x.cur, x.term, x.low, x.seen
 		x.mu.Unlock()
-		err := fn(cur)
+		err := errGone // what a frozen index says of a repository that has changed means nothing
+		if !low || seen == x.look() {
+			err = fn(cur)
+		}
+		x.using.RUnlock()
 		if !errors.Is(err, errGone) {
 			return err
 		}
-		if cur, err = x.elect(ctx, term); err != nil {
+		if _, err = x.elect(ctx, term); err != nil {
 			return err
 		}
 	}
+}
+
+// look is another text whenever a pack or a point came or went.
+func (x *index) look() string {
+	s := ""
+	for _, folder := range []string{"packs", "points", "gc"} {
+		if st, err := os.Stat(filepath.Join(x.dir, folder)); err == nil {
+			s += fmt.Sprint(st.ModTime().UnixNano(), " ")
+		}
+	}
+	return s
 }
 
 // elect makes this process the owner, or connects it to the one there is. It
@@ -110,16 +136,19 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 	case now != term:
 		return cur, nil
 	}
-	if cur != nil {
-		cur.Close()
-	}
+	old := cur
 	var last error
 	for deadline := time.Now().Add(electionTimeout); ; {
 		cur, srv, lock, err := x.become(ctx)
 		if err == nil {
 			x.mu.Lock()
-			x.cur, x.srv, x.lock, x.term = cur, srv, lock, term+1
+			x.cur, x.srv, x.lock, x.term, x.low, x.seen = cur, srv, lock, term+1, x.lowNext, x.seenNext
 			x.mu.Unlock()
+			if old != nil {
+				x.using.Lock() // others may be in the middle of a call
+				old.Close()
+				x.using.Unlock()
+			}
 			return cur, nil
 		}
 		if !errors.Is(err, errGone) {
@@ -148,16 +177,28 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 		return nil, nil, nil, named(err)
 	}
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if free, ferr := bucket.FreeBytes(x.dir); err == nil && ferr == nil && free < store.MinFree {
+	free, ferr := bucket.FreeBytes(x.dir)
+	x.mu.Lock()
+	memory := x.memory
+	x.mu.Unlock()
+	low := err == nil && ferr == nil && free < store.MinFree
+	x.lowNext, x.seenNext = low && !memory, x.look()
+	if x.lowNext {
 		lock.Close() // a reader serves nobody
 		if x.anew {
 			return nil, nil, nil, fmt.Errorf("index: %w", bucket.ErrFull)
 		}
 		cur, err := x.readOnly(ctx)
 		return cur, nil, nil, err
-	}
-	if err == nil {
-		cur, srv, err := x.own(ctx)
+	} else if err == nil {
+		open := store.LocalIndex(filepath.Join(x.dir, indexDir), false)
+		switch {
+		case x.anew:
+			open = store.NewLocalIndex(filepath.Join(x.dir, indexDir))
+		case low:
+			open = store.MemoryIndex()
+		}
+		cur, srv, err := x.own(ctx, open)
 		if err != nil {
 			lock.Close()
 			return nil, nil, nil, err
@@ -188,12 +229,24 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 	return c, nil, nil, nil
 }
 
-// own opens the index and serves it. The lock is held.
-func (x *index) own(ctx context.Context) (store.Index, *server, error) {
-	open := store.LocalIndex(filepath.Join(x.dir, indexDir), false)
-	if x.anew {
-		open = store.NewLocalIndex(filepath.Join(x.dir, indexDir))
+// Write implements store.IndexWriter. Where there is too little room for an index
+// that can be written, one in memory takes its place for the rest of the process: what it is told
+// follows from the objects in the repository, so the one on the medium is brought up to
+// date by the next owner that has room.
+func (x *index) Write(ctx context.Context) error {
+	x.mu.Lock()
+	term, low := x.term, x.low
+	x.memory = true
+	x.mu.Unlock()
+	if !low {
+		return nil
 	}
+	_, err := x.elect(ctx, term)
+	return err
+}
+
+// own opens the index and serves it. The lock is held.
+func (x *index) own(ctx context.Context, open store.IndexOpener) (store.Index, *server, error) {
 	local, err := open(ctx, x.repo, x.check)
 	if err != nil {
 		return nil, nil, err
