@@ -136,7 +136,7 @@ type Repo struct {
 	leaves     *pageCache
 	pageID     func(plain []byte) ID
 
-	prepareMu sync.Mutex // guards following
+	prepareMu sync.Mutex // guards following, and cfgState once the Repo is open
 	prepared  bool       // index compared with the bucket for writing
 
 	pointsMu sync.Mutex         // guards following

@@ -72,7 +72,10 @@ func (b badRecord) at(loc Loc) bool {
 // error says that the check itself could not be carried out.
 func (r *Repo) Verify(ctx context.Context, opt VerifyOptions) (VerifyReport, error) {
 	v := &verifier{repo: r, opt: opt, bad: map[ID]badRecord{}, named: map[ID]bool{}, broken: map[uint32]map[ID]bool{}, pages: map[ID]bool{}}
-	for _, name := range r.cfgState.damaged {
+	r.prepareMu.Lock()
+	damaged := slices.Clone(r.cfgState.damaged)
+	r.prepareMu.Unlock()
+	for _, name := range damaged {
 		v.found(&DamageError{What: name, Err: errors.New("damaged or missing; the other copy is whole")})
 	}
 	points, err := v.manifests(ctx)
