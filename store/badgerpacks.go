@@ -106,14 +106,20 @@ func (x *badgerIndex) AddPack(ctx context.Context, pack PackInfo, recs []PackRec
 	x.mu.Lock()
 	x.packs[n] = knownPack{pack, x.doomed[pack.ID]}
 	x.mu.Unlock()
-	if err := x.flush(wb); err != nil {
+	undo := func(err error) error { // it will be added again, under another number
+		x.mu.Lock()
+		delete(x.packs, n)
+		x.mu.Unlock()
 		return x.wrote(err)
+	}
+	if err := x.flush(wb); err != nil {
+		return undo(err)
 	}
 	// The registry row comes last: it says that all of the pack's records are in.
 	row := binary.LittleEndian.AppendUint64(append([]byte(nil), pack.ID[:]...), uint64(pack.Size))
 	row = binary.LittleEndian.AppendUint32(row, pack.Records)
 	if err := x.update(func(txn *badger.Txn) error { return txn.Set(packKey(n), row) }); err != nil {
-		return x.wrote(err)
+		return undo(err)
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()

@@ -231,7 +231,7 @@
 //
 //	version  1
 //	epoch    16 bytes, hexadecimal, random: another one after every change of packs, and before
-//	         the first of them is removed, so that an older copy of an index is seen to be one
+//	         the first that held something live is removed, so that an older copy of an index is seen to be one
 //	packs    ids of the condemned packs, in order, hexadecimal
 //	waits    ids of the leases that the packs wait for; null when nobody has looked yet
 //

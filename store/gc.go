@@ -404,7 +404,7 @@ func (g *collector) sweep(ctx context.Context) error {
 	if err := g.repo.packer.flush(); err != nil {
 		return err
 	}
-	// Before anything goes: an older copy of the index must be seen to be one.
+	// Before anything goes that held something live: an older copy of the index must be seen to be one.
 	if err := g.publish(ctx); err != nil {
 		return err
 	}
