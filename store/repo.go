@@ -219,38 +219,6 @@ func NeedsPassphrase(ctx context.Context, b bucket.Bucket) (bool, error) {
 	return st.cfg.Cipher != cipherNone, nil
 }
 
-// RepoStats sums up a repository.
-type RepoStats struct {
-	VMs    int   `json:"vms"`
-	Points int   `json:"points"`
-	Packs  int   `json:"packs"`
-	Total  int64 `json:"bytes_total"`  // disks of all points together
-	Stored int64 `json:"bytes_stored"` // size of all packs
-}
-
-// Stats sums up the repository from its index.
-func (r *Repo) Stats(ctx context.Context) (RepoStats, error) {
-	l, err := r.list(ctx)
-	if err != nil {
-		return RepoStats{}, err
-	}
-	s := RepoStats{VMs: len(l.byVM)}
-	for _, list := range l.byVM {
-		s.Points += len(list)
-		for _, p := range list {
-			s.Total += p.Total
-		}
-	}
-	for p, err := range r.index.Packs(ctx) {
-		if err != nil {
-			return s, fmt.Errorf("store: %w", err)
-		}
-		s.Packs++
-		s.Stored += p.Size
-	}
-	return s, nil
-}
-
 // Close ends the use of the repository: what was being written is sealed for a
 // later run to find, and the index is released. Calling it twice is harmless.
 func (r *Repo) Close() error {

@@ -8,11 +8,13 @@ declare -A need=(
   [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs
   [fuser]=psmisc [sgdisk]=gdisk [losetup]=mount
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish
+  [python3]=python3
 )
 missing=()
 for program in "${!need[@]}"; do
   PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing+=("${need[$program]}")
 done
+/usr/bin/python3 -c 'import prometheus_client' 2>/dev/null || missing+=(python3-prometheus-client)
 [ ${#missing[@]} -eq 0 ] && exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -171,7 +171,7 @@ func TestUsageErrors(t *testing.T) {
 		{"backup --vm x", "backup: too few arguments", ""},
 		{"cp a", "cp: too few arguments", "PATH... DEST"},
 		{"points a b", "points: too many arguments", "[VM]"},
-		{"stats a", "stats: too many arguments", ""},
+		{"stats a b", "stats: too many arguments", ""},
 		{"init", "init: too few arguments", ""},
 		{"init r --chunk-size 96K", "96K", "power of two"},
 		{"restore p", "restore: where to?", "--onto FILE"},

@@ -150,8 +150,23 @@ func commands() []command {
 			needs: needRepository, check: checkRepair, run: runRepair,
 		},
 		{
-			name: "stats", short: "show what the repository holds and saves",
+			name: "stats", usage: "[VM] [--quick] [--by auto|day|week|month|year] [--metrics FILE]",
+			short: "show what the repository holds and saves, and for whom",
+			long: "UNIQUE is what forgetting a VM, or with VM one of its points, would free: what nobody else uses. To find\n" +
+				"that, every page of every chunk map is read once. GROWTH is what the points that there are have added.",
+			max: 1,
+			flags: []cli.Flag{
+				&cli.BoolFlag{DisableDefaultText: true, Name: "quick", Usage: "only what is known without reading chunk maps: neither unique nor ratios"},
+				newChoiceFlag("by", "`PERIOD` that growth is counted by", "auto", "day", "week", "month", "year"),
+				&cli.StringFlag{Name: "metrics", TakesFile: true, Usage: "write the figures to `FILE`, too, in Prometheus' text format"},
+			},
 			needs: needRepository, run: runStats,
+			check: func(c *call) error {
+				if c.Bool("quick") && len(c.args) > 0 {
+					return usagef("stats: --quick says nothing of single points, so it takes no VM")
+				}
+				return nil
+			},
 		},
 		{
 			name: "key", usage: "list|add|remove ID|change|recovery [--label TEXT] [--new-password-file FILE]",

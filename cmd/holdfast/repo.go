@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"syscall"
 	"time"
 
@@ -174,40 +173,4 @@ func fitForRepository(dir string) error {
 		}
 	}
 	return nil
-}
-
-func runStats(ctx context.Context, c *call) error {
-	return c.withRepo(ctx, func(r *store.Repo) error {
-		s, err := r.Stats(ctx)
-		if err != nil {
-			return err
-		}
-		ratio := "-"
-		if s.Stored > 0 {
-			ratio = fmt.Sprintf("%.1f", float64(s.Total)/float64(s.Stored))
-		}
-		path, err := filepath.Abs(c.repo)
-		if err != nil {
-			path = c.repo
-		}
-		c.out.fields(
-			[2]string{"repository", path},
-			[2]string{"id", r.ID()},
-			[2]string{"created", timeText(r.Created())},
-			[2]string{"chunk size", sizeText(int64(r.ChunkSize()))},
-			[2]string{"encryption", encryptionText(r.Encrypted())},
-			[2]string{"VMs", fmt.Sprint(s.VMs)},
-			[2]string{"restore points", fmt.Sprint(s.Points)},
-			[2]string{"all points together", sizeText(s.Total)},
-			[2]string{"stored", fmt.Sprintf("%s in %d packs", sizeText(s.Stored), s.Packs)},
-			[2]string{"ratio", ratio},
-		)
-		return c.out.object(struct {
-			Type      string `json:"type"`
-			ID        string `json:"id"`
-			ChunkSize int    `json:"chunk_size"`
-			Encrypted bool   `json:"encrypted"`
-			store.RepoStats
-		}{"stats", r.ID(), r.ChunkSize(), r.Encrypted(), s})
-	})
 }

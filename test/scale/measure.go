@@ -55,6 +55,7 @@ func measure(ctx context.Context, o options) error {
 		{"list all points", "points", "--json"},
 		{"forget, dry run, by six rules", "forget", "--json", "--dry-run", "--keep-last", "3", "--keep-hourly", "24", "--keep-daily", "7", "--keep-weekly", "5", "--keep-monthly", "12", "--keep-yearly", "5"},
 		{"gc, dry run: marks everything", "gc", "--dry-run"},
+		{"stats, what each point uses alone", "stats", "--json"},
 	} {
 		if err := step(s[0], s[1:]...); err != nil {
 			return err

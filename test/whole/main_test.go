@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -58,7 +59,8 @@ func newDir(t *testing.T) string {
 	return dir
 }
 
-// needs skips a test on a machine that lacks something: "root", "fuse", or else a program.
+// needs skips a test on a machine that lacks something: "root", "fuse", a module as
+// "/usr/bin/python3 NAME", or else a program.
 func needs(t *testing.T, things ...string) {
 	t.Helper()
 	if testing.Short() {
@@ -77,7 +79,10 @@ func needs(t *testing.T, things ...string) {
 				f.Close()
 			}
 		default:
-			_, err = exec.LookPath(thing)
+			program, module, ok := strings.Cut(thing, " ")
+			if _, err = exec.LookPath(program); ok && err == nil {
+				err = exec.Command(program, "-c", "import "+module).Run()
+			}
 		}
 		switch {
 		case err == nil:
