@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/fstest"
@@ -23,6 +24,7 @@ type scene struct {
 	mem   *bucket.Memory
 	index string                      // directory
 	live  map[store.PointID]*mosaicVM // what must be there, whatever happens
+	made  []*mosaicVM                 // what the run makes points of
 	going []store.PointID             // what the run forgets
 	gone  []store.PointID             // what was forgotten before
 }
@@ -208,10 +210,28 @@ func (s *scene) holds(ctx context.Context, b *bucket.Memory, done bool) error {
 	if err != nil {
 		return fmt.Errorf("independent reader: %w", err)
 	}
+	known := map[string]bool{}
 	for id, vm := range s.live {
+		known[id.String()] = true
 		if !bytes.Equal(disks[id.String()], vm.data) {
 			return fmt.Errorf("independent reader: the point at %v reads wrong", vm.at)
 		}
+	}
+	for _, id := range s.going {
+		known[id.String()] = true
+	}
+	made := 0
+	for id, data := range disks {
+		if known[id] {
+			continue
+		}
+		if !slices.ContainsFunc(s.made, func(vm *mosaicVM) bool { return bytes.Equal(vm.data, data) }) {
+			return fmt.Errorf("independent reader: nobody made point %s as it is", id)
+		}
+		made++
+	}
+	if done && made < len(s.made) {
+		return fmt.Errorf("independent reader: %d of %d points that were reported as made", made, len(s.made))
 	}
 	for _, id := range s.gone {
 		if disks[id.String()] != nil {
@@ -322,44 +342,50 @@ func TestCrashCollect(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			stops, unfinished := 0, 0
-			for _, k := range crashKinds {
-				for _, inIndex := range []bool{false, true} {
-					if inIndex && k.kind == bucket.Short {
-						continue // a commit to Badger is whole or nothing
-					}
-					for n := int64(1); ; n++ {
-						at := stop{n: n, kind: k.kind, index: inIndex, where: fmt.Sprintf("%s at call %d", k.name, n)}
-						if inIndex {
-							at.where = fmt.Sprintf("%s at commit %d to the index", k.name, n)
-						}
-						left, index, done, reached := c.scene.run(t, at, c.op(c.scene))
-						if !reached {
-							os.RemoveAll(index)
-							break
-						}
-						stops++
-						if !done {
-							unfinished++
-						}
-						before := memoryDir(t)
-						copyIndex(t, c.scene.index, before)
-						for name, open := range map[string]store.IndexOpener{
-							"no index": store.MemoryIndex(), "old index": store.LocalIndex(before, false), "index left": store.LocalIndex(index, false),
-						} {
-							if err := c.scene.goesOn(ctx, left.Crash(), open, done); err != nil {
-								t.Errorf("%s, %s: %v", at.where, name, err)
-							}
-						}
-						os.RemoveAll(before)
-						os.RemoveAll(index)
+			c.scene.everyStop(t, c.op(c.scene), c.scene.goesOn)
+		})
+	}
+}
+
+// everyStop stops op everywhere, in every way, and has what is left looked at: with no
+// index, with the one from before the run, and with the one that the run left. Nothing is sampled.
+func (s *scene) everyStop(t *testing.T, op func(*store.Repo) error, look func(ctx context.Context, b *bucket.Memory, open store.IndexOpener, done bool) error) {
+	stops, unfinished := 0, 0
+	for _, k := range crashKinds {
+		for _, inIndex := range []bool{false, true} {
+			if inIndex && k.kind == bucket.Short {
+				continue // a commit to Badger is whole or nothing
+			}
+			for n := int64(1); ; n++ {
+				at := stop{n: n, kind: k.kind, index: inIndex, where: fmt.Sprintf("%s at call %d", k.name, n)}
+				if inIndex {
+					at.where = fmt.Sprintf("%s at commit %d to the index", k.name, n)
+				}
+				left, index, done, reached := s.run(t, at, op)
+				if !reached {
+					os.RemoveAll(index)
+					break
+				}
+				stops++
+				if !done {
+					unfinished++
+				}
+				before := memoryDir(t)
+				copyIndex(t, s.index, before)
+				for name, open := range map[string]store.IndexOpener{
+					"no index": store.MemoryIndex(), "old index": store.LocalIndex(before, false), "index left": store.LocalIndex(index, false),
+				} {
+					if err := look(t.Context(), left.Crash(), open, done); err != nil {
+						t.Errorf("%s, %s: %v", at.where, name, err)
 					}
 				}
+				os.RemoveAll(before)
+				os.RemoveAll(index)
 			}
-			t.Logf("%d stops, %d of which ended the run", stops, unfinished)
-			if unfinished < stops/2 {
-				t.Error("most stops did not stop anything")
-			}
-		})
+		}
+	}
+	t.Logf("%d stops, %d of which ended the run", stops, unfinished)
+	if unfinished < stops/2 {
+		t.Error("most stops did not stop anything")
 	}
 }
