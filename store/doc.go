@@ -26,8 +26,8 @@
 //	gc/state          which packs are about to be removed; no reader needs it
 //
 // and, in a local directory, what is not part of the format: index/ (Badger), tmp/
-// (objects being written), leases/ (who is at work), config.lock (see below), owner.lock
-// and owner.sock (see store/remote).
+// (objects being written), leases/ (who is at work), config.lock (see below), forget.lock
+// (held by a program that decides what to forget, and forgets it), owner.lock and owner.sock (see store/remote).
 //
 // An object is written under another name, synced, renamed, and its directory synced:
 // it is there whole or not at all. Objects are never changed, only added and removed; config

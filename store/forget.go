@@ -5,11 +5,33 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/store/bucket"
 )
 
 // ErrLockedPoint: the point is locked until a later time. Nothing here lifts or
 // shortens a lock.
 var ErrLockedPoint = errors.New("point is locked")
+
+const forgetLockName = "forget.lock"
+
+// LockForget keeps everybody else who calls it out until unlock is called: what one decides to
+// keep, another must not forget before the decision is carried out. Where the medium has
+// no room for a lock, there is none.
+func (r *Repo) LockForget(ctx context.Context) (unlock func(), err error) {
+	l, ok := r.bucket.(bucket.Locker)
+	if !ok {
+		return func() {}, nil
+	}
+	unlock, err = l.Lock(ctx, forgetLockName)
+	if errors.Is(err, bucket.ErrFull) {
+		return func() {}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("store: forget: %w", err)
+	}
+	return unlock, nil
+}
 
 // Forget removes points: the manifest durably, which is the end of the point, and
 // then its line in the index. The chunks stay until they are collected, and whoever has a

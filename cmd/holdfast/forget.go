@@ -138,6 +138,13 @@ func runForget(ctx context.Context, c *call) error {
 		if p.Empty() {
 			decide = c.forgetNamed
 		}
+		if !c.Bool("dry-run") {
+			unlock, err := r.LockForget(ctx)
+			if err != nil {
+				return err
+			}
+			defer unlock()
+		}
 		list, err := decide(ctx, r, p, now)
 		if err != nil {
 			return err

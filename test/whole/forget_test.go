@@ -10,6 +10,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/store/bucket"
 )
 
 // namesOf lists the names of the points of a VM, from old to new.
@@ -226,4 +229,38 @@ func TestForgetLocked(t *testing.T) {
 		tool(t, "cmp", k.copy, filepath.Join(m.dir, p.path(), "disk0.raw"))
 	}
 	m.stop(t, terminate)
+}
+
+// TestForgetOneAfterTheOther: what a rule keeps, another run must not forget before
+// the decision is carried out. So the second waits, and decides by what is left then.
+func TestForgetOneAfterTheOther(t *testing.T) {
+	t.Parallel()
+	r, k := newKept(t)
+	r.addPoints(t, k, 2, 1)
+	b, err := bucket.OpenLocal(r.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock, err := b.Lock(t.Context(), "forget.lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	before := r.namesOf(t, "vm000")
+	p := r.start(t, "forget", "vm000", "--keep-last", "1")
+	r.must(t, "forget", "vm000", "--keep-last", "1", "--dry-run") // needs no lock
+	time.Sleep(300 * time.Millisecond)
+	if !p.running() {
+		t.Fatal("forget did not wait for another one")
+	}
+	if got := r.namesOf(t, "vm000"); !slices.Equal(got, before) {
+		t.Fatalf("points %q, want %q", got, before)
+	}
+	unlock()
+	if code := p.code(t); code != 0 {
+		t.Fatalf("exit code %d: %s", code, p.err.String())
+	}
+	if got := r.namesOf(t, "vm000"); !slices.Equal(got, before[len(before)-1:]) {
+		t.Errorf("points %q", got)
+	}
 }
