@@ -111,6 +111,9 @@ type OpenOptions struct {
 	// Indexing is told of the packs, in bytes, whose tables are read because the
 	// index lacks them. Never called by two goroutines at once; may be nil.
 	Indexing func(done, total int64)
+	// Rebuilt is told of the number of packs when the index knew none of them: it was
+	// lost or damaged, or cannot be kept, and was made anew. May be nil.
+	Rebuilt func(packs int)
 	// Warn is told what the user should know; nil drops it.
 	Warn func(string)
 }
@@ -128,6 +131,7 @@ type Repo struct {
 	indexBox box
 	warn     func(string)
 	indexing func(done, total int64)
+	rebuilt  func(packs int)
 
 	packer     *packer
 	mergePacks int // small packs that gc merges; a constant but for tests
@@ -160,6 +164,9 @@ func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOption
 	}
 	if r.indexing = opt.Indexing; r.indexing == nil {
 		r.indexing = func(int64, int64) {}
+	}
+	if r.rebuilt = opt.Rebuilt; r.rebuilt == nil {
+		r.rebuilt = func(int) {}
 	}
 	for _, name := range st.damaged {
 		r.warn(st.what(name))
@@ -350,6 +357,7 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index, stale bool) error {
 		}
 		known[p.ID] = p
 	}
+	none := len(known) == 0
 	var news []PackInfo
 	for info, err := range r.bucket.List(ctx, packPrefix) {
 		if err != nil {
@@ -371,6 +379,9 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index, stale bool) error {
 	}
 	if err := r.addPacks(ctx, x, news); err != nil {
 		return err
+	}
+	if none && len(news) > 0 {
+		r.rebuilt(len(news))
 	}
 	for _, p := range known {
 		// A gc of another process may have removed the pack since the list was made.

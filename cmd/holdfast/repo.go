@@ -30,14 +30,20 @@ func (c *call) open(ctx context.Context, p place) (*store.Repo, error) {
 	if err != nil {
 		return nil, err
 	}
+	rebuilt := func(packs int) {
+		c.progress.note("the index was lost or damaged, or cannot be kept here: it was made anew out of %d packs", packs)
+	}
 	if p.index == nil {
 		p.index = remote.Index(p.dir)
+	} else {
+		rebuilt = nil // asked for
 	}
 	var t *task // shown when there is much to be read
 	last := int64(0)
 	r, err := store.Open(ctx, b, p.index, store.OpenOptions{
 		Passphrase: func() ([]byte, error) { return p.password(ctx) },
 		Leases:     remote.Leases(p.dir),
+		Rebuilt:    rebuilt,
 		Warn:       func(text string) { c.progress.warn("%s", text) },
 		Indexing: func(done, total int64) {
 			if t == nil && total < indexingShown {
