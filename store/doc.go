@@ -27,7 +27,8 @@
 //
 // and, in a local directory, what is not part of the format: index/ (Badger), tmp/
 // (objects being written), leases/ (who is at work), config.lock (see below), forget.lock
-// (held by a program that decides what to forget, and forgets it), owner.lock and owner.sock (see store/remote).
+// (held by a program that decides what to forget, and forgets it), reserve (room for what
+// makes room on a full disk), owner.lock and owner.sock (see store/remote).
 //
 // An object is written under another name, synced, renamed, and its directory synced:
 // it is there whole or not at all. Objects are never changed, only added and removed; config

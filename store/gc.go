@@ -84,14 +84,15 @@ func (r *Repo) GC(ctx context.Context, opt GCOptions) (rep GCReport, err error) 
 	}
 	rep.DryRun = opt.DryRun
 	if !opt.DryRun {
+		if err := r.makeRoom(ctx); err != nil {
+			return rep, err
+		}
 		release, err := g.alone(ctx)
 		if err != nil {
 			return rep, err
 		}
 		defer release()
-		if err := r.makeRoom(ctx); err != nil {
-			return rep, err
-		}
+		defer r.keepRoom()
 		if err := r.prepareWrite(ctx); err != nil {
 			return rep, err
 		}

@@ -165,8 +165,11 @@ func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOption
 	if r.indexing = opt.Indexing; r.indexing == nil {
 		r.indexing = func(int64, int64) {}
 	}
-	if r.rebuilt = opt.Rebuilt; r.rebuilt == nil {
-		r.rebuilt = func(int) {}
+	var once sync.Once
+	r.rebuilt = func(packs int) {
+		if opt.Rebuilt != nil {
+			once.Do(func() { opt.Rebuilt(packs) })
+		}
 	}
 	for _, name := range st.damaged {
 		r.warn(st.what(name))
@@ -270,9 +273,18 @@ func (r *Repo) hashPage(plain []byte) (id ID) {
 	return id
 }
 
+// reserveLen is the room, bytes, that is kept for what gives back space: enough for the
+// gc/state of 15,000 condemned packs (1 TiB), a lease and a directory block.
+const reserveLen = 1 << 20
+
 // makeRoom begins what gives back space: it needs an index that can be written,
 // but no room for it on the medium.
 func (r *Repo) makeRoom(ctx context.Context) error {
+	if b, ok := r.bucket.(roomKeeper); ok {
+		if free, err := b.Free(); err == nil && free < reserveLen/4 {
+			_ = b.Unreserve() // what it is for will say what is wrong
+		}
+	}
 	w, ok := r.index.(IndexWriter)
 	if !ok {
 		return nil
@@ -281,6 +293,22 @@ func (r *Repo) makeRoom(ctx context.Context) error {
 		return fmt.Errorf("store: %w", err)
 	}
 	return nil
+}
+
+type roomKeeper interface {
+	bucket.Spacer
+	bucket.Reserver
+}
+
+// keepRoom sets room aside while there is some.
+func (r *Repo) keepRoom() {
+	b, ok := r.bucket.(roomKeeper)
+	if !ok {
+		return
+	}
+	if free, err := b.Free(); err == nil && free >= 4*reserveLen {
+		_ = b.Reserve(reserveLen) // a precaution: there may be none
+	}
 }
 
 // prepareWrite compares the index with what the bucket really holds and mends a
@@ -300,6 +328,7 @@ func (r *Repo) prepareWrite(ctx context.Context) error {
 	if err := r.reconcile(ctx, r.index, false); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
+	r.keepRoom()
 	r.prepared = true
 	return nil
 }

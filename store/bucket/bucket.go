@@ -57,6 +57,15 @@ type Bucket interface {
 	Remove(ctx context.Context, name string) error
 }
 
+// Reserver is a Bucket that can keep room on its medium for what makes room: even to
+// remove something safely, something has to be written first.
+type Reserver interface {
+	// Reserve sets n bytes aside, unless some are already. It fails where there is no room.
+	Reserve(n int64) error
+	// Unreserve gives them back; where there are none it does nothing.
+	Unreserve() error
+}
+
 // Spacer is a Bucket that knows how much room its medium has left.
 type Spacer interface {
 	// Free is the bytes that can still be written.

@@ -35,6 +35,8 @@ type Local struct {
 var (
 	_ Bucket = (*Local)(nil)
 	_ Spacer = (*Local)(nil)
+
+	_ Reserver = (*Local)(nil)
 )
 
 // OpenLocal returns the bucket in dir, which must exist. It writes nothing.
@@ -63,6 +65,38 @@ func FreeBytes(dir string) (int64, error) {
 		return 0, fmt.Errorf("bucket: room in %s: %w", dir, err)
 	}
 	return int64(st.Bavail) * int64(st.Bsize), nil
+}
+
+// reserveName is a file that holds room and nothing else.
+const reserveName = "reserve"
+
+// Reserve implements Reserver by fallocate(2).
+func (l *Local) Reserve(n int64) (err error) {
+	name := l.file(reserveName)
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return writeError("reserve", name, err)
+	}
+	err = unix.Fallocate(int(f.Fd()), 0, 0, n)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		os.Remove(name)
+		return writeError("reserve", name, err)
+	}
+	return nil
+}
+
+// Unreserve implements Reserver.
+func (l *Local) Unreserve() error {
+	if err := os.Remove(l.file(reserveName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return writeError("remove", reserveName, err)
+	}
+	return nil
 }
 
 // Create implements Bucket. It fails at once where the medium is read-only;

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 )
 
@@ -89,9 +88,7 @@ func TestDiskFullInEachPhase(t *testing.T) {
 				}
 				_ = json.Unmarshal([]byte(res.out), &rep)
 				t.Logf("%s %s: gc exit %d, %d packs removed", medium.name, name, res.code, rep.Removed)
-				switch {
-				case free == 0 && res.code == 1 && strings.Contains(res.err, "no space left"):
-				case res.code != 0 || rep.Removed == 0 && free > 0:
+				if res.code != 0 || rep.Removed == 0 {
 					t.Errorf("gc with %s: exit %d\n%s%s", name, res.code, res.out, res.err)
 				}
 				r.intact(t, all...)
