@@ -68,8 +68,10 @@ type index struct {
 	anew  bool // to be the owner of a new index, or nothing
 
 	electing sync.Mutex // held while a new owner is sought; guards following
-	lowNext  bool       // low and seen of what become has opened
+	lowNext  bool       // low, frozen and seen of what become has opened
+	icedNext bool
 	seenNext string
+	private  store.Index // in memory, of a process that may write nothing; nil before it is needed
 
 	using sync.RWMutex // held for reading while cur is used; never taken with mu held
 
@@ -80,7 +82,8 @@ type index struct {
 	lock   *os.File
 	low    bool   // cur cannot be written, since there is too little room
 	memory bool   // if so, one in memory is wanted
-	seen   string // what the repository looked like when cur was opened, if low
+	frozen bool   // nobody tells cur what changes: it was opened for reading alone
+	seen   string // if so, what the repository looked like then
 	closed bool
 }
 
@@ -95,10 +98,10 @@ func (x *index) do(ctx context.Context, fn func(store.Index) error) error {
 	for {
 		x.using.RLock()
 		x.mu.Lock()
-		cur, term, low, seen := x.cur, x.term, x.low, x.seen
+		cur, term, frozen, seen := x.cur, x.term, x.frozen, x.seen
 		x.mu.Unlock()
 		err := errGone // what a frozen index says of a repository that has changed means nothing
-		if !low || seen == x.look() {
+		if !frozen || seen == x.look() {
 			err = fn(cur)
 		}
 		x.using.RUnlock()
@@ -117,10 +120,16 @@ func (x *index) look() string {
 	for _, folder := range []string{"packs", "points", "gc"} {
 		if st, err := os.Stat(filepath.Join(x.dir, folder)); err == nil {
 			s += fmt.Sprint(st.ModTime().UnixNano(), " ")
+			if age := time.Since(st.ModTime()); age >= 0 && age < timeGrain {
+				s += fmt.Sprint(age) // it may change again at what is the same time
+			}
 		}
 	}
 	return s
 }
+
+// timeGrain is more than the steps in which file systems here count time: 10 ms at most.
+const timeGrain = 20 * time.Millisecond
 
 // elect makes this process the owner, or connects it to the one there is. It
 // does nothing when that has happened since term.
@@ -142,12 +151,15 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 		cur, srv, lock, err := x.become(ctx)
 		if err == nil {
 			x.mu.Lock()
-			x.cur, x.srv, x.lock, x.term, x.low, x.seen = cur, srv, lock, term+1, x.lowNext, x.seenNext
+			x.cur, x.srv, x.lock, x.term, x.low, x.frozen, x.seen = cur, srv, lock, term+1, x.lowNext, x.icedNext, x.seenNext
 			x.mu.Unlock()
-			if old != nil {
+			if old != nil && old != cur {
 				x.using.Lock() // others may be in the middle of a call
 				old.Close()
 				x.using.Unlock()
+			}
+			if cur != x.private {
+				x.private = nil
 			}
 			return cur, nil
 		}
@@ -170,7 +182,8 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, error) {
 	lock, err := os.OpenFile(filepath.Join(x.dir, lockName), os.O_RDWR|os.O_CREATE|syscall.O_CLOEXEC, 0o600)
 	if !x.anew && (errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.ENOSPC)) {
-		cur, err := x.readOnly(ctx)
+		x.lowNext, x.icedNext, x.seenNext = false, true, x.look()
+		cur, err := x.mayNotWrite(ctx)
 		return cur, nil, nil, err
 	}
 	if err != nil {
@@ -182,7 +195,7 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 	memory := x.memory
 	x.mu.Unlock()
 	low := err == nil && ferr == nil && free < store.MinFree
-	x.lowNext, x.seenNext = low && !memory, x.look()
+	x.lowNext, x.icedNext, x.seenNext = low && !memory, low && !memory, x.look()
 	if x.lowNext {
 		lock.Close() // a reader serves nobody
 		if x.anew {
@@ -281,6 +294,28 @@ func (x *index) readOnly(ctx context.Context) (store.Index, error) {
 		return cur, nil
 	}
 	return store.MemoryIndex()(ctx, x.repo, x.check)
+}
+
+// mayNotWrite opens what there is the first time. When the repository has changed since, only an
+// index in memory can be brought up to date.
+func (x *index) mayNotWrite(ctx context.Context) (store.Index, error) {
+	x.mu.Lock()
+	first := x.cur == nil
+	x.mu.Unlock()
+	if first {
+		if cur, err := store.LocalIndex(filepath.Join(x.dir, indexDir), true)(ctx, x.repo, x.check); err == nil {
+			return cur, nil
+		}
+	}
+	if x.private == nil {
+		own, err := store.MemoryIndex()(ctx, x.repo, x.check)
+		if err != nil {
+			return nil, err
+		}
+		x.private = own
+		return own, nil
+	}
+	return x.private, x.check(ctx, x.private, false)
 }
 
 // socketPath names the socket by way of a descriptor of its directory, since a

@@ -271,8 +271,24 @@ func TestReadOnlyRepository(t *testing.T) {
 		tool(t, "cmp", k.copy, m.dir+"/kept/latest/disk0.raw")
 		later := r.keep(t, "later", newText(t, newDir(t)+"/later.raw", 8, 1<<20).file)
 		tool(t, "cmp", k.copy, m.dir+"/kept/latest/disk0.raw")
+		// It sees what comes and goes, and reads what a collection has moved.
+		until(t, "the new point", func() bool { return names(t, m.dir) == "kept later" })
+		tool(t, "cmp", later.copy, m.dir+"/later/latest/disk0.raw")
+		dir := newDir(t)
+		random := newRaw(t, dir+"/moved.raw", 8*mib, piece{0, 8 * mib}).file
+		gone := r.keep(t, "gone", random)
+		tool(t, "truncate", "-s", "1M", random)
+		moved := r.keep(t, "moved", random) // an eighth of a pack
+		until(t, "the point to be moved", func() bool { return names(t, m.dir) == "gone kept later moved" })
+		tool(t, "head", "-c", "4096", m.dir+"/moved/latest/disk0.raw")
+		r.must(t, "forget", "--force", gone.ID)
+		if res := r.must(t, "gc"); !strings.Contains(res.out, "1 packs removed") {
+			t.Errorf("gc: %s", res.out)
+		}
+		tool(t, "cmp", moved.copy, m.dir+"/moved/latest/disk0.raw")
+		until(t, "the point to go", func() bool { return names(t, m.dir) == "kept later moved" })
 		m.stop(t, terminate)
-		r.intact(t, k, later)
+		r.intact(t, k, later, moved)
 	})
 	t.Run("init", func(t *testing.T) {
 		at, _ := kernelMount(t, "-t", "tmpfs", "-o", "ro,size=1m", "none")
