@@ -35,16 +35,17 @@ const password = "scale"
 type options struct {
 	parent, holdfast, measure string
 	points, vms, changes      int
-	size                      testimage.SizeFlag
+	size, memory              testimage.SizeFlag
 }
 
 func main() {
-	o := options{size: 10 << 30}
+	o := options{size: 10 << 30, memory: 1 << 30}
 	flag.StringVar(&o.parent, "dir", os.TempDir(), "where to work")
 	flag.IntVar(&o.points, "points", 100000, "restore points, of all VMs together")
 	flag.IntVar(&o.vms, "vms", 200, "VMs of one disk each")
 	flag.IntVar(&o.changes, "changes", 4, "chunks that change from point to point")
 	flag.Var(&o.size, "size", "size of a disk, all of it data")
+	flag.Var(&o.memory, "memory", "memory that every command gets, page cache included, where control groups allow that; 0: no limit")
 	flag.StringVar(&o.holdfast, "holdfast", "", "holdfast to measure (default: build it)")
 	flag.StringVar(&o.measure, "measure", "", "only measure the repository in this directory")
 	flag.Parse()
@@ -81,7 +82,7 @@ func build(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, self, "--measure", m.dir, "--holdfast", o.holdfast)
+	cmd := exec.CommandContext(ctx, self, "--measure", m.dir, "--holdfast", o.holdfast, "--memory", fmt.Sprint(int64(o.memory)))
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	return cmd.Run()
 }

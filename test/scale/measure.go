@@ -9,8 +9,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/test/command"
@@ -26,9 +28,19 @@ func measure(ctx context.Context, o options) error {
 			return err
 		}
 	}
+	var group *memoryGroup
+	if o.memory > 0 {
+		var err error
+		if group, err = newMemoryGroup(int64(o.memory)); err != nil {
+			fmt.Printf("memory is not limited: %v\n", err)
+		} else {
+			fmt.Printf("all in %d MiB of memory, page cache and mapped files included\n", o.memory>>20)
+		}
+		defer group.close()
+	}
 	env := []string{"HOLDFAST_PASSWORD=" + password, "HOLDFAST_REPO=" + o.measure}
 	run := func(args ...string) (command.Result, error) {
-		return command.Command{Args: append([]string{program, "--no-progress"}, args...), Env: env}.Run(ctx)
+		return command.Command{Args: group.command(append([]string{program, "--no-progress"}, args...)), Env: env}.Run(ctx)
 	}
 	// One real point; its backup is also the first use after the repository was made.
 	image := filepath.Join(work, "real.raw")
@@ -37,6 +49,11 @@ func measure(ctx context.Context, o options) error {
 	}
 	fmt.Println("| step | s | CPU s | peak memory, MiB: own | with mapped files |\n|---|---|---|---|---|")
 	step := func(name string, args ...string) error {
+		if group != nil { // what is in the page cache belongs to the group that brought it in
+			if err := dropCaches(); err != nil {
+				return err
+			}
+		}
 		own := make(chan int64, 1)
 		ended := make(chan struct{})
 		go func() { own <- peakOwn(ended) }()
@@ -62,7 +79,7 @@ func measure(ctx context.Context, o options) error {
 		}
 	}
 	if os.Geteuid() == 0 {
-		if err := firstByte(ctx, program, env, work); err != nil {
+		if err := firstByte(ctx, group.command([]string{program}), env, work); err != nil {
 			return err
 		}
 	}
@@ -92,6 +109,12 @@ func peakOwn(ended <-chan struct{}) (most int64) {
 	}
 }
 
+// dropCaches empties the page cache, as root: proc_sys_vm(5).
+func dropCaches() error {
+	syscall.Sync()
+	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
+}
+
 // statusKiB reads a field of proc_pid_status(5).
 func statusKiB(pid, field string) int64 {
 	text, _ := os.ReadFile("/proc/" + pid + "/status")
@@ -102,13 +125,13 @@ func statusKiB(pid, field string) int64 {
 }
 
 // firstByte mounts and reads the beginning of the real disk.
-func firstByte(ctx context.Context, program string, env []string, work string) error {
+func firstByte(ctx context.Context, program, env []string, work string) error {
 	dir := filepath.Join(work, "mnt")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
 	began := time.Now()
-	p, err := command.Command{Args: []string{program, "--no-progress", "mount", dir}, Env: env}.Start(ctx)
+	p, err := command.Command{Args: append(slices.Clone(program), "--no-progress", "mount", dir), Env: env}.Start(ctx)
 	if err != nil {
 		return err
 	}
