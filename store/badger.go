@@ -258,39 +258,6 @@ func chunkKey(id ID) [17]byte {
 	return k
 }
 
-func (x *badgerIndex) Lookup(_ context.Context, ids []ID, locs []Loc) error {
-	x.mu.RLock()
-	defer x.mu.RUnlock()
-	return x.db.View(func(txn *badger.Txn) error {
-		for i, id := range ids {
-			locs[i] = Loc{}
-			k := chunkKey(id)
-			item, err := txn.Get(k[:])
-			if errors.Is(err, badger.ErrKeyNotFound) {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("index: %w", err)
-			}
-			err = item.Value(func(v []byte) error {
-				if len(v) != locLen {
-					return errors.New("index: chunk entry")
-				}
-				l := parseLoc(v)
-				if p, ok := x.packs[l.Pack]; ok {
-					l.Condemned = p.condemned
-					locs[i] = l
-				}
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
 func (x *badgerIndex) Suspect(ctx context.Context, ids []ID) error {
 	if x.readOnly {
 		return nil

@@ -19,9 +19,11 @@ import (
 // marker finds what the points use. It keeps one bit for each record of each pack
 // and visits each page once; of a page that differs little from the page at its
 // place in the point before, it looks up the differences only. So its time follows
-// what the points do not share.
+// what the points do not share. Chunks are looked up many at a time, in ascending order of
+// their ids.
 type marker struct {
-	repo *Repo
+	repo  *Repo
+	later bulk // chunks to be marked
 
 	mu      sync.Mutex // guards following
 	packs   map[uint32]*packMarks
@@ -56,7 +58,18 @@ func (p *packMarks) has(slot uint32) bool {
 }
 
 func newMarker(r *Repo) *marker {
-	return &marker{repo: r, packs: map[uint32]*packMarks{}, points: map[PointID]bool{}}
+	m := &marker{repo: r, packs: map[uint32]*packMarks{}, points: map[PointID]bool{}}
+	m.later.index, m.later.size = r.index, bulkSize
+	m.later.settled = func(_ []bulkChunk, locs []Loc) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for _, l := range locs {
+			if m.record(l) {
+				m.chunks++
+			}
+		}
+	}
+	return m
 }
 
 // run marks every point whose manifest is there and every point that a lease
@@ -184,13 +197,24 @@ func (m *marker) mark(ctx context.Context, points []markPoint, progress func(don
 			return nil
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return m.later.end(ctx)
 }
 
 // markWorker marks the points of one VM.
 type markWorker struct {
-	m    *marker
-	last map[string]Root // disk => its map in the point before
+	m     *marker
+	last  map[string]Root // disk => its map in the point before
+	later []bulkChunk
+	at    [maxHeight]markLevel // scratch memory of the page being visited there
+}
+
+type markLevel struct {
+	page, before page
+	ids          []ID // entries that before does not have
+	olds         []ID // what before has in their place
 }
 
 // root marks a chunk map.
@@ -225,74 +249,76 @@ func (w *markWorker) page(ctx context.Context, id, old ID, level uint8) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	var p, before page
-	if err := w.m.repo.loadPage(ctx, id, level, &p); err != nil {
+	at := &w.at[level]
+	if err := w.m.repo.loadPage(ctx, id, level, &at.page); err != nil {
 		return err
 	}
+	at.before = page{}
 	if !old.IsZero() {
-		if err := w.m.repo.loadPage(ctx, old, level, &before); err != nil {
+		if err := w.m.repo.loadPage(ctx, old, level, &at.before); err != nil {
 			return err
 		}
 	}
-	var ids []ID
-	var at []int
-	for k, child := range p.ids {
-		if !child.IsZero() && child != before.ids[k] {
-			ids, at = append(ids, child), append(at, k)
-		}
-	}
-	fresh, err := w.records(ctx, ids)
-	if err != nil {
-		return err
-	}
-	n := int64(0)
-	for _, f := range fresh {
-		if f {
-			n++
+	at.ids, at.olds = at.ids[:0], at.olds[:0]
+	for k, child := range at.page.ids {
+		if !child.IsZero() && child != at.before.ids[k] {
+			at.ids, at.olds = append(at.ids, child), append(at.olds, at.before.ids[k])
 		}
 	}
 	if level == 0 {
-		w.count(&w.m.chunks, n)
-		return nil
+		w.later = w.later[:0]
+		for _, id := range at.ids {
+			w.later = append(w.later, bulkChunk{id: id})
+		}
+		return w.m.later.add(ctx, w.later)
 	}
-	w.count(&w.m.pages, n)
-	for i, child := range ids {
+	fresh, err := w.records(ctx, at.ids)
+	if err != nil {
+		return err
+	}
+	for i, child := range at.ids {
 		if !fresh[i] {
 			continue
 		}
-		if err := w.page(ctx, child, before.ids[at[i]], level-1); err != nil {
+		w.count(&w.m.pages, 1)
+		if err := w.page(ctx, child, at.olds[i], level-1); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// records marks the records of ids and reports which were not marked before. One
-// that the index has no place for cannot be removed either; a page like that fails to load.
+// records marks the records of ids and reports which were not marked before.
 func (w *markWorker) records(ctx context.Context, ids []ID) ([]bool, error) {
 	locs := make([]Loc, len(ids))
 	if err := w.m.repo.index.Lookup(ctx, ids, locs); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	fresh := make([]bool, len(ids))
-	m := w.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	w.m.mu.Lock()
+	defer w.m.mu.Unlock()
 	for i, l := range locs {
-		if !l.Known() {
-			m.missing++
-			fresh[i] = true
-			continue
-		}
-		p := m.packs[l.Pack]
-		if p == nil {
-			p = &packMarks{}
-			m.packs[l.Pack] = p
-		}
-		if fresh[i] = p.set(l.Slot); fresh[i] {
-			p.bytes += recordLen + int64(l.Len)
-			p.count++
-		}
+		fresh[i] = w.m.record(l)
 	}
 	return fresh, nil
+}
+
+// record marks a record and reports whether it was not marked before. One that the index
+// has no place for cannot be removed either; a page like that fails to load. m.mu is held.
+func (m *marker) record(l Loc) bool {
+	if !l.Known() {
+		m.missing++
+		return true
+	}
+	p := m.packs[l.Pack]
+	if p == nil {
+		p = &packMarks{}
+		m.packs[l.Pack] = p
+	}
+	if !p.set(l.Slot) {
+		return false
+	}
+	p.bytes += recordLen + int64(l.Len)
+	p.count++
+	return true
 }

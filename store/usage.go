@@ -72,6 +72,7 @@ func (r *Repo) Usage(ctx context.Context, progress func(done, total int64)) (*Us
 			return nil, fmt.Errorf("store: %w", err)
 		}
 		w := &usageWalk{repo: r, progress: progress, records: map[uint32][]owner{}, points: []PointUsage{}, vms: []VMUsage{}}
+		w.later.index, w.later.size, w.later.settled = r.index, bulkSize, w.settled
 		if err := w.run(ctx); err != nil {
 			return nil, err
 		}
@@ -109,6 +110,7 @@ type usageWalk struct {
 	repo     *Repo
 	progress func(done, total int64)
 	vmOf     []uint32 // point => its VM
+	later    bulk     // chunks that get one more owner
 
 	mu      sync.Mutex         // guards following
 	records map[uint32][]owner // pack => the owners of its records by slot
@@ -301,17 +303,21 @@ func (w *usageWalk) level(ctx context.Context, level uint8, list []usagePage) er
 			return nil
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return w.later.end(ctx)
 }
 
 // usageVisit is what a goroutine knows of the page it visited last.
 type usageVisit struct {
-	page page
-	locs [PageEntries]Loc
-	next page
-	ids  []ID  // that are to be looked up
-	at   []int // their entries
-	got  []Loc
+	page, next page
+	given      [PageEntries]owner // at level 0: what the entries of page have got here
+	later      []bulkChunk
+	locs       [PageEntries]Loc // above level 0: where the entries of page are
+	ids        []ID             // that are to be looked up
+	at         []int            // their entries
+	got        []Loc
 }
 
 // visit gives the entries of a page the page's owner.
@@ -329,6 +335,15 @@ func (w *usageWalk) visit(ctx context.Context, v *usageVisit, p *usagePage, leve
 	if err != nil {
 		return err
 	}
+	o := p.owner
+	if p.loc.Known() {
+		w.mu.Lock()
+		o = w.records[p.loc.Pack][p.loc.Slot]
+		w.mu.Unlock()
+	}
+	if level == 0 {
+		return w.chunks(ctx, v, o)
+	}
 	v.ids, v.at = v.ids[:0], v.at[:0]
 	for k, id := range v.next.ids {
 		if !id.IsZero() && id != v.page.ids[k] {
@@ -345,30 +360,47 @@ func (w *usageWalk) visit(ctx context.Context, v *usageVisit, p *usagePage, leve
 	v.page = v.next
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	o := p.owner
-	if p.loc.Known() {
-		o = w.records[p.loc.Pack][p.loc.Slot]
-	}
 	for k, id := range v.page.ids {
-		if id.IsZero() {
-			continue
-		}
-		l := v.locs[k]
-		if level > 0 {
-			child := usagePage{id: id, loc: l, point: p.point, key: p.key, first: p.first + int64(k)*span(level)}
+		if !id.IsZero() {
+			child := usagePage{id: id, loc: v.locs[k], point: p.point, key: p.key, first: p.first + int64(k)*span(level)}
 			w.enter(&child, o, level-1)
-			continue
 		}
-		if !l.Known() {
-			w.sum.Missing++
-			continue
+	}
+	return nil
+}
+
+// chunks gives the chunks of v.next one more owner, by the end of the level. What an entry
+// has got already by way of the pages before is not given again.
+func (w *usageWalk) chunks(ctx context.Context, v *usageVisit, o owner) error {
+	v.later = v.later[:0]
+	for k, id := range v.next.ids {
+		if id != v.page.ids[k] {
+			v.given[k] = 0
 		}
-		if w.use(l, o) {
+		if all := w.join(v.given[k], o); !id.IsZero() && all != v.given[k] {
+			v.later = append(v.later, bulkChunk{id, all})
+			v.given[k] = all
+		}
+	}
+	v.page = v.next
+	return w.later.add(ctx, v.later)
+}
+
+// settled gives chunks the owners that they were put off with.
+func (w *usageWalk) settled(chunks []bulkChunk, locs []Loc) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i, l := range locs {
+		switch {
+		case !l.Known():
+			if i == 0 || chunks[i].id != chunks[i-1].id {
+				w.sum.Missing++
+			}
+		case w.use(l, chunks[i].owner):
 			w.sum.Chunks++
 			w.sum.Packed += recordLen + int64(l.Len)
 		}
 	}
-	return nil
 }
 
 // usage gives the result.
