@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -36,7 +37,8 @@ func (r *Repo) NewDraft(ctx context.Context) (*Draft, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Draft{repo: r, end: end}, nil
+	leave := r.packer.enter()
+	return &Draft{repo: r, end: sync.OnceFunc(func() { leave(); end() })}, nil
 }
 
 // ChunkWriter is one worker's way into a Draft: it holds the scratch memory of
@@ -47,6 +49,7 @@ type ChunkWriter struct {
 	hash  *blake3.Hasher
 	enc   *zstd.Encoder
 	buf   []byte // record being built
+	plain []byte // chunk being decoded; see Decode
 
 	// of one Write call
 	need   []int // chunks of data that may be new
@@ -82,6 +85,8 @@ func (w *ChunkWriter) Close() { w.enc.Close() }
 type Written struct {
 	Data int64 // in chunks that are not holes
 	New  int64 // in chunks that the repository did not hold
+	// Stored is the records of those. Only WriteCoded says it.
+	Stored int64
 }
 
 // Write stores consecutive chunks. data is a whole number of chunks, the last of
