@@ -85,8 +85,6 @@ func (w *ChunkWriter) Close() { w.enc.Close() }
 type Written struct {
 	Data int64 // in chunks that are not holes
 	New  int64 // in chunks that the repository did not hold
-	// Stored is the records of those. Only WriteCoded says it.
-	Stored int64
 }
 
 // Write stores consecutive chunks. data is a whole number of chunks, the last of

@@ -134,7 +134,6 @@ func (w *ChunkWriter) WriteCoded(ctx context.Context, chunks []CodedChunk) (Writ
 		}
 		w.draft.stored.Add(int64(n))
 		sum.New += int64(cs)
-		sum.Stored += int64(n)
 	}
 	return sum, nil
 }
