@@ -66,7 +66,7 @@ func TestTargets(t *testing.T) {
 			return backup.Away(c)
 		},
 	} {
-		for _, opt := range []store.InitOptions{{}, {ChunkSize: 64 << 10, NoEncryption: true}, {ChunkSize: 4 << 20}} {
+		for _, opt := range []store.InitOptions{{}, {ChunkSize: 64 << 10, NoEncryption: true}, {ChunkSize: 1 << 20}} {
 			t.Run(fmt.Sprintf("%s chunk %d", name, opt.ChunkSize), func(t *testing.T) {
 				testTarget(t, opt, open)
 			})

@@ -45,7 +45,7 @@ type Client struct {
 // Session is a restore point in the making at a server. Its methods may be called
 // by several goroutines at once, those of its Map and Base by one.
 type Session struct {
-	conn      *tls.Conn
+	conn      net.Conn
 	repo      [16]byte
 	chunkSize int
 	idKey     [32]byte
@@ -108,7 +108,7 @@ func (c Client) connect(ctx context.Context) (*Session, error) {
 	return s, nil
 }
 
-func newSession(conn *tls.Conn) *Session {
+func newSession(conn net.Conn) *Session {
 	s := &Session{conn: conn, waiting: map[uint64]func([]byte, error){}, ended: make(chan struct{}), puts: make(chan struct{}, maxPuts)}
 	s.receipts.init()
 	return s

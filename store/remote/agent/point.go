@@ -35,10 +35,7 @@ func checkText(s string, most int) error {
 	return nil
 }
 
-func checkTexts(list []string, n, most int) error {
-	if len(list) > n {
-		return fmt.Errorf("%w: %d texts where at most %d can be", errProtocol, len(list), n)
-	}
+func checkTexts(list []string, most int) error {
 	for _, s := range list {
 		if err := checkText(s, most); err != nil {
 			return err
@@ -47,9 +44,41 @@ func checkTexts(list []string, n, most int) error {
 	return nil
 }
 
+// textsIn reads a list of at most n texts.
+func textsIn(raw json.RawMessage, n, most int) ([]string, error) {
+	list, err := listIn[string](raw, n)
+	if err != nil {
+		return nil, err
+	}
+	return list, checkTexts(list, most)
+}
+
+// listIn reads a list of at most n items.
+func listIn[T any](raw json.RawMessage, n int) (list []T, err error) {
+	if len(raw) == 0 || string(raw) == "null" {
+		return nil, nil
+	}
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.DisallowUnknownFields()
+	if t, err := d.Token(); err != nil || t != json.Delim('[') {
+		return nil, fmt.Errorf("%w: no list", errProtocol)
+	}
+	for d.More() {
+		var v T
+		if len(list) == n {
+			return nil, fmt.Errorf("%w: a list of more than %d", errProtocol, n)
+		}
+		if err := d.Decode(&v); err != nil {
+			return nil, fmt.Errorf("%w: %v", errProtocol, err)
+		}
+		list = append(list, v)
+	}
+	return list, nil
+}
+
 // CheckTags says early what a commit would refuse.
 func CheckTags(tags []string) error {
-	if checkTexts(tags, maxTags, maxTag) != nil {
+	if len(tags) > maxTags || checkTexts(tags, maxTag) != nil {
 		return fmt.Errorf("a point has at most %d tags of at most %d bytes, which can be printed", maxTags, maxTag)
 	}
 	return nil
@@ -71,26 +100,23 @@ func (x *session) point(text []byte) (*store.Point, error) {
 	if err := decode(text, &m); err != nil {
 		return nil, err
 	}
-	if len(m.Disks) > maxDisks || len(m.Config) > maxFiles {
-		return nil, fmt.Errorf("%w: %d disks and %d files", errProtocol, len(m.Disks), len(m.Config))
-	}
 	switch m.Consistency {
 	case "crash", "application", "offline":
 	default:
 		return nil, fmt.Errorf("%w: consistency", errProtocol)
 	}
-	if err := errors.Join(checkTexts(m.Tags, maxTags, maxTag), checkTexts(m.Warnings, maxWarnings, maxWarning), checkText(m.Program, maxAnyOther)); err != nil {
+	tags, err1 := textsIn(m.Tags, maxTags, maxTag)
+	warnings, err2 := textsIn(m.Warnings, maxWarnings, maxWarning)
+	disks, err3 := listIn[diskMessage](m.Disks, maxDisks)
+	files, err4 := listIn[fileMessage](m.Config, maxFiles)
+	if err := errors.Join(err1, err2, err3, err4, checkText(m.Program, maxAnyOther)); err != nil {
 		return nil, err
 	}
-	p := &store.Point{VM: x.vm, Time: x.time, Tags: m.Tags, Consistency: m.Consistency, Program: m.Program, Warnings: m.Warnings, Agent: x.token.ID}
+	p := &store.Point{VM: x.vm, Time: x.time, Tags: tags, Consistency: m.Consistency, Program: m.Program, Warnings: warnings, Agent: x.token.ID}
 	if x.parent != nil {
 		p.Parent = &x.parent.ID
 	}
-	for i, raw := range m.Disks {
-		var d diskMessage
-		if err := decode(raw, &d); err != nil {
-			return nil, err
-		}
+	for i, d := range disks {
 		disk, err := x.disk(d)
 		if err != nil {
 			return nil, err
@@ -99,14 +125,8 @@ func (x *session) point(text []byte) (*store.Point, error) {
 		p.Disks = append(p.Disks, disk)
 		p.Stats.Add(disk.Stats)
 	}
-	// New, and with Commit stored, are those of all that was sent, config files too.
-	p.Stats.New = x.fresh.Load()
 	names := map[string]bool{}
-	for _, raw := range m.Config {
-		var f fileMessage
-		if err := decode(raw, &f); err != nil {
-			return nil, err
-		}
+	for _, f := range files {
 		root, err := x.rootOf(f.Root, f.Size)
 		if err != nil {
 			return nil, err
@@ -139,12 +159,12 @@ func (x *session) disk(d diskMessage) (store.Disk, error) {
 	if len(d.Key) > maxKey || len(d.ChangeID) > maxKey {
 		return store.Disk{}, fmt.Errorf("%w: key and change id of a disk have %d and %d bytes", errProtocol, len(d.Key), len(d.ChangeID))
 	}
-	err = errors.Join(checkText(d.How, maxAnyOther), checkTexts(d.Warnings, maxWarnings, maxWarning))
-	if err != nil {
+	warnings, err := textsIn(d.Warnings, maxWarnings, maxWarning)
+	if err = errors.Join(err, checkText(d.How, maxAnyOther)); err != nil {
 		return store.Disk{}, err
 	}
 	cs := int64(x.srv.repo.ChunkSize())
 	most := (d.Size + cs - 1) / cs * cs
-	return store.Disk{Key: d.Key, Size: d.Size, Root: root, ChangeID: d.ChangeID, Read: d.How, Warnings: d.Warnings,
+	return store.Disk{Key: d.Key, Size: d.Size, Root: root, ChangeID: d.ChangeID, Read: d.How, Warnings: warnings,
 		Stats: store.Stats{Total: d.Size, Data: min(max(d.Data, 0), most), Read: min(max(d.Read, 0), d.Size)}}, nil
 }

@@ -44,6 +44,8 @@ type Server struct {
 	repo *store.Repo
 	opt  ServerOptions
 	tls  *tls.Config
+	// Constants but for tests.
+	handshake, checkEvery time.Duration
 
 	ctx  context.Context // of all sessions
 	stop context.CancelFunc
@@ -78,7 +80,7 @@ func NewServer(repo *store.Repo, opt ServerOptions) (*Server, error) {
 		return nil, fmt.Errorf("agent server: %w", err)
 	}
 	s := &Server{
-		repo: repo, opt: opt, tls: conf, unproven: make(chan struct{}, maxUnproven),
+		repo: repo, opt: opt, tls: conf, unproven: make(chan struct{}, maxUnproven), handshake: handshake, checkEvery: checkEvery,
 		conns: map[net.Conn]bool{}, sessions: map[*session]bool{}, inUse: map[string]int{}, makers: map[store.PointID]pointMaker{},
 	}
 	s.ctx, s.stop = context.WithCancel(context.Background())
@@ -171,7 +173,7 @@ func (s *Server) watch() {
 		select {
 		case <-s.ctx.Done():
 			return
-		case <-time.After(checkEvery):
+		case <-time.After(s.checkEvery):
 		}
 		s.mu.Lock()
 		var all []*session
@@ -191,11 +193,15 @@ func (s *Server) watch() {
 // connection has one peer, from its first byte to its last.
 func (s *Server) connection(raw net.Conn) {
 	peer := newPeerConn(raw)
-	raw.SetDeadline(time.Now().Add(handshake))
+	raw.SetDeadline(time.Now().Add(s.handshake))
 	conn := tls.Server(peer, s.tls)
 	in := bufio.NewReaderSize(conn, 4<<10)
-	token, err := s.prove(conn, in)
+	var token store.AgentInfo
 	var release func()
+	err := conn.HandshakeContext(s.ctx)
+	if err == nil {
+		token, err = s.prove(conn, in)
+	}
 	if err == nil {
 		release, err = s.enter(token)
 		if err != nil {
@@ -210,7 +216,7 @@ func (s *Server) connection(raw net.Conn) {
 	defer release()
 	raw.SetDeadline(time.Time{})
 	peer.proven.Store(true)
-	x := &session{srv: s, conn: conn, token: token, from: raw.RemoteAddr().String(), maps: map[finished]bool{}}
+	x := s.newSession(conn, token)
 	if _, err := rand.Read(x.key[:]); err != nil {
 		s.opt.Warn(err.Error())
 		return
@@ -230,12 +236,13 @@ func (s *Server) connection(raw net.Conn) {
 	x.serve(bufio.NewReaderSize(in, 64<<10))
 }
 
-// prove wants a valid token within the first request. Only the handshake has been done with the peer.
-func (s *Server) prove(conn *tls.Conn, in *bufio.Reader) (store.AgentInfo, error) {
+func (s *Server) newSession(conn net.Conn, token store.AgentInfo) *session {
+	return &session{srv: s, conn: conn, token: token, from: conn.RemoteAddr().String(), maps: map[finished]bool{}}
+}
+
+// prove wants a valid token in the first request.
+func (s *Server) prove(conn net.Conn, in *bufio.Reader) (store.AgentInfo, error) {
 	none := store.AgentInfo{}
-	if err := conn.HandshakeContext(s.ctx); err != nil {
-		return none, err
-	}
 	req, err := readRequest(in, store.MinChunkSize)
 	if err != nil {
 		return none, err
@@ -401,10 +408,8 @@ func (s *Server) parentOf(ctx context.Context, token store.AgentInfo, vm string)
 			continue
 		case err != nil:
 			return nil, none, err
-		case p.Agent == token.ID && p.CopiedFrom == nil:
-			return p, release, nil
 		}
-		release()
+		return p, release, nil
 	}
 	return nil, none, nil
 }

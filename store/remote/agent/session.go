@@ -526,7 +526,8 @@ func (x *session) commit(ctx context.Context, text, out []byte) ([]byte, error) 
 			return nil, err
 		}
 	}
-	p.Stats.Duration = now.Sub(x.time).Seconds()
+	// Of all that was sent, configuration files too; Commit sets what was stored.
+	p.Stats.New, p.Stats.Duration = x.fresh.Load(), now.Sub(x.time).Seconds()
 	draft := x.draft.Load()
 	if err := draft.Commit(ctx, p); err != nil {
 		return nil, err

@@ -364,22 +364,15 @@ func (m *Map) Close(context.Context) error { return nil }
 // Commit makes the point durable and fills in its id, name and time. Which VM it is of
 // was said by Begin.
 func (s *Session) Commit(ctx context.Context, p *store.Point) error {
-	m := pointMessage{Tags: p.Tags, Consistency: p.Consistency, Program: p.Program, Warnings: presentable(p.Warnings)}
+	disks := []diskMessage{}
 	for _, d := range p.Disks {
-		raw, err := json.Marshal(diskMessage{d.Key, d.Size, d.Root, d.ChangeID, d.Read, d.Stats.Data, d.Stats.Read, presentable(d.Warnings)})
-		if err != nil {
-			return err
-		}
-		m.Disks = append(m.Disks, raw)
+		disks = append(disks, diskMessage{d.Key, d.Size, d.Root, d.ChangeID, d.Read, d.Stats.Data, d.Stats.Read, list(presentable(d.Warnings))})
 	}
+	var files []fileMessage
 	for _, f := range p.Config {
-		raw, err := json.Marshal(fileMessage{f.Name, f.Size, f.Root})
-		if err != nil {
-			return err
-		}
-		m.Config = append(m.Config, raw)
+		files = append(files, fileMessage{f.Name, f.Size, f.Root})
 	}
-	b, err := json.Marshal(m)
+	b, err := json.Marshal(pointMessage{list(p.Tags), p.Consistency, p.Program, list(presentable(p.Warnings)), list(disks), list(files)})
 	if err != nil {
 		return err
 	}
@@ -394,6 +387,18 @@ func (s *Session) Commit(ctx context.Context, p *store.Point) error {
 	p.ID, p.Name, p.Time, p.VM = done.ID, done.Name, done.Time, s.vm
 	p.Stats.Stored = s.Stored()
 	return nil
+}
+
+// list is v as JSON, nothing for an empty one.
+func list[T any](v []T) json.RawMessage {
+	if v == nil {
+		return nil
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // only texts and numbers come here
+	}
+	return b
 }
 
 // presentable cuts warnings to what a server takes: they must not fail a point.
