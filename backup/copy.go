@@ -162,7 +162,8 @@ func (c *copier) point(ctx context.Context, s store.Summary) (Copied, error) {
 	if b.to != nil {
 		q.Parent = &b.to.ID
 	}
-	r := run{repo: c.to, draft: draft, parent: b.to, vm: p.VM.Name}
+	to := &localDraft{draft, c.to, b.to, func() {}}
+	r := run{draft: to, vm: p.VM.Name}
 	for _, d := range p.Disks {
 		began := c.opt.Now()
 		src, err := c.from.OpenDisk(p, d.Name)
@@ -173,7 +174,7 @@ func (c *copier) point(ctx context.Context, s store.Summary) (Copied, error) {
 		if err != nil {
 			return res, err
 		}
-		root, stats, err := c.image(ctx, &r, p, src, shared, func() Meter { return c.opt.Start(p, d.Name, d.Size) })
+		root, stats, err := c.image(ctx, &r, to, p, src, shared, func() Meter { return c.opt.Start(p, d.Name, d.Size) })
 		if err != nil {
 			return res, err
 		}
@@ -193,7 +194,7 @@ func (c *copier) point(ctx context.Context, s store.Summary) (Copied, error) {
 		if err != nil {
 			return res, err
 		}
-		root, _, err := c.image(ctx, &r, p, src, shared, func() Meter { return Meter{} })
+		root, _, err := c.image(ctx, &r, to, p, src, shared, func() Meter { return Meter{} })
 		if err != nil {
 			return res, err
 		}
@@ -364,7 +365,7 @@ func (b base) config(from, to *store.Repo, f *store.ConfigFile) (s shared, err e
 
 // image copies one disk or file of p: of what it shares with the base, where there
 // is one, nothing is read. start is called again when it has to begin anew.
-func (c *copier) image(ctx context.Context, r *run, p *store.Point, src *store.Image, old shared, start func() Meter) (store.Root, store.Stats, error) {
+func (c *copier) image(ctx context.Context, r *run, to *localDraft, p *store.Point, src *store.Image, old shared, start func() Meter) (store.Root, store.Stats, error) {
 	read := func(pl plan, ranges iter.Seq2[extent.Extent, error]) (store.Root, store.Stats, error) {
 		pl.unit = src.ChunkSize()
 		return r.write(ctx, imageReader{ctx, src.Checked()}, src.Size(), pl, fromSource(ranges), start())
@@ -372,7 +373,7 @@ func (c *copier) image(ctx context.Context, r *run, p *store.Point, src *store.I
 	whole := false
 	if old.to != nil {
 		var err error
-		if whole, err = r.whole(ctx, old.to); err != nil {
+		if whole, err = to.whole(ctx, old.to); err != nil {
 			return store.Root{}, store.Stats{}, err
 		}
 	}
@@ -381,7 +382,7 @@ func (c *copier) image(ctx context.Context, r *run, p *store.Point, src *store.I
 	if !whole || src.Size() < old.from.Size() {
 		return read(plan{}, src.Allocated(0))
 	}
-	root, stats, err := read(plan{parent: old.to, base: old.root, since: sinceBase, data: old.data}, src.Changed(ctx, old.from))
+	root, stats, err := read(plan{base: localBase{old.to, old.root}, since: sinceBase, data: old.data}, src.Changed(ctx, old.from))
 	if errors.Is(err, store.ErrDamaged) && !hits(err, p) {
 		return read(plan{}, src.Allocated(0)) // the base is damaged, here or there: do without it
 	}

@@ -58,7 +58,7 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 		return store.Root{}, stats, err
 	}
 	defer builder.Close(context.WithoutCancel(ctx))
-	cs := r.repo.ChunkSize()
+	cs := r.draft.ChunkSize()
 	perJob := max(1, max(jobBytes, p.unit)/cs)
 
 	g, gctx := errgroup.WithContext(ctx)
@@ -89,8 +89,8 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 				j.first, j.n = i, int(min(int64(perJob), end-i))
 				j.bytes = int(min(int64(j.n*cs), size-i*int64(cs)))
 				clear(j.parents)
-				if p.parent != nil {
-					if err := p.parent.IDs(gctx, i, j.parents[:j.n]); err != nil {
+				if p.base != nil {
+					if err := p.base.IDs(gctx, i, j.parents[:j.n]); err != nil {
 						return err
 					}
 				}
@@ -170,10 +170,10 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 			if err := settle(j.first); err != nil {
 				return err
 			}
+			if err := builder.Set(gctx, j.first, j.ids[:j.n], j.parents[:j.n]); err != nil {
+				return err
+			}
 			for k, id := range j.ids[:j.n] {
-				if err := builder.Set(gctx, j.first+int64(k), id); err != nil {
-					return err
-				}
 				if !id.IsZero() {
 					stats.Data += int64(cs)
 				}

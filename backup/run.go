@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/store"
@@ -45,8 +44,13 @@ type Options struct {
 	Now func() time.Time
 }
 
-// Run backs up one frozen VM and commits its restore point.
+// Run backs up one frozen VM into repo and commits its restore point.
 func Run(ctx context.Context, repo *store.Repo, snap Snapshot, opt Options) (*store.Point, error) {
+	return RunTo(ctx, Local(repo), snap, opt)
+}
+
+// RunTo is Run for any target.
+func RunTo(ctx context.Context, to Target, snap Snapshot, opt Options) (*store.Point, error) {
 	if opt.Now == nil {
 		opt.Now = time.Now
 	}
@@ -58,21 +62,16 @@ func Run(ctx context.Context, repo *store.Repo, snap Snapshot, opt Options) (*st
 		return nil, err
 	}
 	began := opt.Now()
-	parent, release, err := parentOf(ctx, repo, vm.Name)
-	if err != nil {
-		return nil, err
-	}
-	defer release()
-	draft, err := repo.NewDraft(ctx)
+	draft, err := to.Begin(ctx, vm)
 	if err != nil {
 		return nil, err
 	}
 	defer draft.Close()
 	p := &store.Point{VM: vm, Time: snap.Time(), Tags: opt.Tags, Consistency: snap.Consistency(), Program: opt.Program}
-	if parent != nil {
+	if parent := draft.Parent(); parent != nil {
 		p.Parent = &parent.ID
 	}
-	r := run{repo: repo, draft: draft, parent: parent, opt: opt, vm: vm.Name}
+	r := run{draft: draft, opt: opt, vm: vm.Name}
 	for i, d := range snap.Disks() {
 		rec, err := r.disk(ctx, d, fmt.Sprintf("disk%d", i))
 		if err != nil {
@@ -94,7 +93,11 @@ func Run(ctx context.Context, repo *store.Repo, snap Snapshot, opt Options) (*st
 		p.Config = append(p.Config, c)
 	}
 	if !opt.LockFor.IsZero() {
-		if err := lock(ctx, repo, p, opt); err != nil {
+		l, ok := draft.(Locker)
+		if !ok {
+			return nil, ErrNoLock
+		}
+		if err := l.Lock(ctx, p, opt.LockFor, opt.Now()); err != nil {
 			return nil, err
 		}
 	}
@@ -105,15 +108,15 @@ func Run(ctx context.Context, repo *store.Repo, snap Snapshot, opt Options) (*st
 	return p, nil
 }
 
-// lock sets until when p is locked. It counts from the newest point of the
-// repository when that is later than the clock, so that a clock set back makes no lock
-// shorter.
-func lock(ctx context.Context, repo *store.Repo, p *store.Point, opt Options) error {
+// Lock sets until when p, about to be committed, is locked. It counts from the newest
+// point of the repository when that is later than the clock, so that a clock set back
+// makes no lock shorter.
+func Lock(ctx context.Context, repo *store.Repo, p *store.Point, until Duration, now time.Time) error {
 	all, err := repo.Points(ctx)
 	if err != nil {
 		return err
 	}
-	now := opt.Now().UTC()
+	now = now.UTC()
 	from := now
 	for i := range all {
 		if all[i].Time.After(from) {
@@ -129,67 +132,34 @@ func lock(ctx context.Context, repo *store.Repo, p *store.Point, opt Options) er
 			now.Format(time.RFC3339), from.Format(time.RFC3339)))
 	}
 	// Rounded up: a point has whole seconds.
-	p.LockedUntil = opt.LockFor.After(from).Add(time.Second - 1).Truncate(time.Second)
+	p.LockedUntil = until.After(from).Add(time.Second - 1).Truncate(time.Second)
 	return nil
 }
 
 // CheckName refuses names of VMs that are not a single, printable path element.
-func CheckName(name string) error {
-	switch {
-	case name == "" || name == "." || name == ".." || len(name) > 200:
-	case strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == '/' || r == '\\' || r == 0x7f }):
-	case strings.TrimSpace(name) != name:
-	default:
-		return nil
-	}
-	return fmt.Errorf("%q cannot be the name of a VM: it must be one path element of at most 200 bytes", name)
-}
-
-// parentOf gives the newest point of the VM that can be read, or nil, and keeps
-// its chunks until release is called.
-func parentOf(ctx context.Context, repo *store.Repo, vm string) (p *store.Point, release func(), err error) {
-	none := func() {}
-	s, err := repo.Latest(ctx, vm)
-	if errors.Is(err, store.ErrNotExist) {
-		return nil, none, nil
-	}
-	if err != nil {
-		return nil, none, err
-	}
-	p, release, err = repo.Hold(ctx, s.ID)
-	if errors.Is(err, store.ErrDamaged) || errors.Is(err, store.ErrNotExist) {
-		return nil, none, nil // only a hint is lost
-	}
-	if err != nil {
-		return nil, none, err
-	}
-	return p, release, nil
-}
+func CheckName(name string) error { return store.CheckVMName(name) }
 
 // run is one VM's backup on its way.
 type run struct {
-	repo   *store.Repo
-	draft  *store.Draft
-	parent *store.Point // nil for the first
-	opt    Options
-	vm     string
+	draft Draft
+	opt   Options
+	vm    string
 }
 
 // plan says how a disk is read.
 type plan struct {
-	parent *store.Image // to compare with; nil when there is none
-	base   store.Root   // map to start from
-	since  string       // change id; empty reads everything
-	data   int64        // with since: bytes of the parent's disk that are no holes
-	why    string       // recorded in the point
-	unit   int          // bytes; reads are whole multiples of it where the ranges are
+	base  Base   // to compare with and to start from; nil when there is none
+	since string // change id; empty reads everything
+	data  int64  // with since: bytes of the parent's disk that are no holes
+	why   string // recorded in the point
+	unit  int    // bytes; reads are whole multiples of it where the ranges are
 }
 
 func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 	var old *store.Disk
-	if r.parent != nil {
-		for i := range r.parent.Disks {
-			if o := &r.parent.Disks[i]; o.Key == d.Key() || (old == nil && o.Name == name) {
+	if parent := r.draft.Parent(); parent != nil {
+		for i := range parent.Disks {
+			if o := &parent.Disks[i]; o.Key == d.Key() || (old == nil && o.Name == name) {
 				old = o
 			}
 		}
@@ -197,18 +167,14 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 	if old == nil {
 		return plan{why: "full: first backup of this disk"}, nil
 	}
-	img, err := r.repo.OpenDisk(r.parent, old.Name)
+	base, err := r.draft.Base(ctx, old.Name)
 	if err != nil {
 		return plan{}, err
 	}
-	whole, err := r.whole(ctx, img)
-	if err != nil {
-		return plan{}, err
-	}
-	if !whole {
+	if base == nil {
 		return plan{why: "full: chunks of the last point are lost"}, nil
 	}
-	p := plan{parent: img, base: old.Map()}
+	p := plan{base: base}
 	switch {
 	case old.Key != d.Key(): // another disk in its place is only good to compare with
 		p.why = "full: first backup of this disk"
@@ -226,15 +192,6 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 	return p, nil
 }
 
-// whole reports whether a new point may share what img, of the parent, consists of.
-func (r *run) whole(ctx context.Context, img *store.Image) (bool, error) {
-	whole, err := r.repo.Whole(ctx)
-	if err == nil && !whole {
-		whole, err = img.Complete(ctx)
-	}
-	return whole, err
-}
-
 // disk backs up one disk. Change tracking that turns out to be lost before the
 // first range is replaced by a full read.
 func (r *run) disk(ctx context.Context, d Disk, name string) (*store.Disk, error) {
@@ -250,7 +207,7 @@ func (r *run) disk(ctx context.Context, d Disk, name string) (*store.Disk, error
 		p.since, p.data, p.why = "", 0, "full: change tracking was lost"
 		root, stats, err = r.read(ctx, d, name, p)
 	}
-	if errors.Is(err, store.ErrDamaged) && p.parent != nil {
+	if errors.Is(err, store.ErrDamaged) && p.base != nil {
 		// The parent's map cannot be read: do without it.
 		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: the last point is damaged; the whole disk was read", name))
 		p = plan{why: "full: the last point is damaged"}

@@ -41,19 +41,20 @@ const (
 
 // config is the plaintext description of a repository; see doc.go, "config".
 type config struct {
-	Version   int       `json:"version"`
-	Revision  uint64    `json:"revision,omitempty"` // grows with each change
-	ID        hexBytes  `json:"id"`                 // 16 bytes
-	Created   time.Time `json:"created"`
-	ChunkSize int       `json:"chunk_size"` // bytes
-	Cipher    string    `json:"cipher"`     // "aes-256-gcm" or "none"
-	Master    hexBytes  `json:"master,omitempty"`
-	Keys      []keySlot `json:"keys,omitempty"`
+	Version   int           `json:"version"`
+	Revision  uint64        `json:"revision,omitempty"` // grows with each change
+	ID        hexBytes      `json:"id"`                 // 16 bytes
+	Created   time.Time     `json:"created"`
+	ChunkSize int           `json:"chunk_size"` // bytes
+	Cipher    string        `json:"cipher"`     // "aes-256-gcm" or "none"
+	Master    hexBytes      `json:"master,omitempty"`
+	Keys      []keySlot     `json:"keys,omitempty"`
+	Agents    []agentRecord `json:"agents,omitempty"`
 
 	unknown unknownFields
 }
 
-const configFields = "version revision id created chunk_size cipher master keys"
+const configFields = "version revision id created chunk_size cipher master keys agents"
 
 const (
 	cipherGCM  = "aes-256-gcm"

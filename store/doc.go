@@ -52,6 +52,7 @@
 //	cipher      "aes-256-gcm" or "none"
 //	master      with "none" only: the 32-byte master key, hexadecimal
 //	keys        with "aes-256-gcm": list of key slots, any of which opens the repository
+//	agents      list of tokens, see Tokens; may be absent. No reader needs it
 //
 // A key slot wraps the master key with one passphrase:
 //
@@ -99,6 +100,30 @@
 // everything that is stored later. Nor does it keep those who can write to the repository
 // from putting an old config back: neither revision nor the list of slots is authenticated.
 //
+// # Tokens
+//
+// A token lets a helper on another host add points by way of a server that has the repository
+// open (see store/remote/agent). It has an id and a secret of 32 random bytes. Fields of its record:
+//
+//	id       8 random bytes, hexadecimal
+//	created  RFC 3339, whole seconds
+//	expires  likewise; absent for never
+//	label    text for people; may be absent
+//	vms      list of patterns for names of VMs (*, ?, [a-z], as in a shell); may be absent
+//	secret   hexadecimal: derive("holdfast repository v1 agent secret", secret)
+//	mac      hexadecimal: keyed(agent record key, what follows)
+//
+// Covered by mac, each text with its length in 4 bytes before it and times as 8 bytes of seconds
+// since 1970, 0 for none:
+//
+//	16 bytes id of the repository | id | created | expires | label | 4 bytes number of vms | each of them | secret
+//
+// A record whose mac is wrong is refused: who can write the config but not open the repository
+// makes no token and changes none. So is one with fields that the program does not know, since
+// they may be limits. Records are added and removed like keys, see above. What that says of old
+// configs holds here, too: who can write the config can put back the record of a token that was removed, and with it
+// the token works again until it expires.
+//
 // # Keys
 //
 // All from the master key M (32 bytes); "|" joins bytes:
@@ -107,6 +132,8 @@
 //	page id key    derive("holdfast repository v1 page id", M)
 //	pack key       derive("holdfast repository v1 pack", M | pack id)
 //	manifest key   derive("holdfast repository v1 point", M | salt of the manifest)
+//	agent record key   derive("holdfast repository v1 agent record", M)
+//	agent TLS key      derive("holdfast repository v1 agent tls", M): the seed of an Ed25519 key (RFC 8032)
 //
 // # Chunks
 //

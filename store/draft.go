@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -36,7 +37,8 @@ func (r *Repo) NewDraft(ctx context.Context) (*Draft, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Draft{repo: r, end: end}, nil
+	leave := r.packer.enter()
+	return &Draft{repo: r, end: sync.OnceFunc(func() { leave(); end() })}, nil
 }
 
 // ChunkWriter is one worker's way into a Draft: it holds the scratch memory of
@@ -47,6 +49,7 @@ type ChunkWriter struct {
 	hash  *blake3.Hasher
 	enc   *zstd.Encoder
 	buf   []byte // record being built
+	plain []byte // chunk being decoded; see Decode
 
 	// of one Write call
 	need   []int // chunks of data that may be new

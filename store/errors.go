@@ -31,6 +31,8 @@ var (
 	ErrUnsure = errors.New("it may have been done all the same")
 	// ErrLocked: another process holds the repository and does not answer.
 	ErrLocked = errors.New("repository is locked")
+	// ErrOrder: chunks were given to a MapBuilder out of their order, or past the end of the disk.
+	ErrOrder = errors.New("out of order")
 	// ErrAmbiguous: a name stands for more than one point.
 	ErrAmbiguous = errors.New("ambiguous")
 )

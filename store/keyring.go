@@ -184,41 +184,46 @@ func (r *Repo) newSlot(c *config, passphrase []byte, slot keySlot, p kdfParams, 
 
 func checkLabel(label string) error {
 	if len(label) > maxLabel || !utf8.ValidString(label) {
-		return fmt.Errorf("the label of a key is text of at most %d bytes", maxLabel)
+		return fmt.Errorf("a label is text of at most %d bytes", maxLabel)
 	}
 	for _, c := range label {
 		if !unicode.IsPrint(c) {
-			return fmt.Errorf("the label of a key has a character that cannot be printed: %q", c)
+			return fmt.Errorf("a label has a character that cannot be printed: %q", c)
 		}
 	}
 	return nil
 }
 
-// changeKeys replaces the config. The lock keeps all others, in other processes too,
+// changeKeys replaces the keys in the config.
+func (r *Repo) changeKeys(ctx context.Context, change func(*config) error) error {
+	if !r.keys.sealed {
+		return fmt.Errorf("store: %w", ErrNotEncrypted)
+	}
+	return r.changeConfig(ctx, change)
+}
+
+// changeConfig replaces the config. The lock keeps all others, in other processes too,
 // from replacing it between the reading and the writing, so that no change is lost.
 //
 // The copy is written first. A crash between the two leaves a copy of a higher
 // revision: that one holds, and the next who writes mends the other. A crash before
 // leaves all as it was. When change returned nil and both are written the keys of before
 // are in neither, so that no damage to one of them brings a removed key back.
-func (r *Repo) changeKeys(ctx context.Context, change func(*config) error) error {
-	if !r.keys.sealed {
-		return fmt.Errorf("store: %w", ErrNotEncrypted)
-	}
+func (r *Repo) changeConfig(ctx context.Context, change func(*config) error) error {
 	l, ok := r.bucket.(bucket.Locker)
 	if !ok {
-		return fmt.Errorf("store: change keys: %w: the bucket has no locks", errors.ErrUnsupported)
+		return fmt.Errorf("store: change config: %w: the bucket has no locks", errors.ErrUnsupported)
 	}
 	unlock, err := l.Lock(ctx, configLockName)
 	if err != nil {
-		return fmt.Errorf("store: change keys: %w", err)
+		return fmt.Errorf("store: change config: %w", err)
 	}
 	defer unlock()
 	st, err := r.reloadConfig(ctx)
 	if err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	if st.cfg.key(r.inUse()) < 0 {
+	if r.keys.sealed && st.cfg.key(r.inUse()) < 0 {
 		return fmt.Errorf("store: %w: the key %s that opened the repository was removed meanwhile", ErrPassphrase, r.inUse())
 	}
 	if err := change(st.cfg); err != nil {
@@ -234,7 +239,7 @@ func (r *Repo) changeKeys(ctx context.Context, change func(*config) error) error
 	}
 	for _, name := range []string{configCopyName, configName} {
 		if err := writeObject(ctx, r.bucket, name, raw); err != nil {
-			return fmt.Errorf("store: change keys: write %s: %w: %w", name, err, ErrUnsure)
+			return fmt.Errorf("store: change config: write %s: %w: %w", name, err, ErrUnsure)
 		}
 	}
 	return nil

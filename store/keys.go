@@ -20,6 +20,10 @@ const (
 	ctxPack    = "holdfast repository v1 pack"
 	ctxPoint   = "holdfast repository v1 point"
 	ctxIndex   = "holdfast repository v1 index"
+
+	ctxAgentTLS    = "holdfast repository v1 agent tls"
+	ctxAgentRecord = "holdfast repository v1 agent record"
+	ctxAgentSecret = "holdfast repository v1 agent secret"
 )
 
 const (

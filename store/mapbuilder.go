@@ -150,7 +150,7 @@ func (b *MapBuilder) finish(ctx context.Context) (ID, error) {
 // advance keeps the promise of ascending calls.
 func (b *MapBuilder) advance(from, to int64) error {
 	if from < b.next || to > b.chunks {
-		return fmt.Errorf("store: chunks [%d,%d) out of order: settled up to %d of %d", from, to, b.next, b.chunks)
+		return fmt.Errorf("store: chunks [%d,%d) %w: settled up to %d of %d", from, to, ErrOrder, b.next, b.chunks)
 	}
 	b.next = to
 	return nil

@@ -32,7 +32,8 @@ type packer struct {
 	unsealed map[*openPack]bool
 	claimed  map[ID]bool            // chunks in unsealed packs
 	placing  map[chan struct{}]bool // claims of which not all is placed; closed when it is
-	err      error                  // the first failure; nothing can be committed after it
+	drafts   int                    // that have begun and not ended
+	err      error                  // the first failure; nothing can be committed after it, see recover
 }
 
 // openPack is a pack not yet visible.
@@ -53,6 +54,27 @@ func newPacker(r *Repo) *packer {
 	p := &packer{repo: r, target: packTarget, unsealed: map[*openPack]bool{}, claimed: map[ID]bool{}, placing: map[chan struct{}]bool{}}
 	p.cond = sync.NewCond(&p.mu)
 	return p
+}
+
+// enter begins a draft; leave ends it, after a flush.
+func (p *packer) enter() (leave func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.drafts++
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.drafts--
+	}
+}
+
+// recover forgets a failure when no draft is left that may rely on what was lost.
+func (p *packer) recover() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.drafts == 0 && p.cur == nil && len(p.unsealed) == 0 {
+		p.err = nil
+	}
 }
 
 // claim marks the ids that nobody is writing yet and reports them in mine. The

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"strings"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -34,6 +35,9 @@ type Point struct {
 	// CopiedFrom is the point that this one is a copy of, in another repository. Of a copy
 	// of a copy it is the first. Nil: this is no copy.
 	CopiedFrom *Origin `json:"copied_from,omitempty"`
+	// Agent is the id of the token with which a helper on another host added the point;
+	// empty for a backup of this host. What such a point says is the helper's word.
+	Agent string `json:"agent,omitempty"`
 }
 
 // Origin names a point wherever it is.
@@ -136,6 +140,18 @@ func (p *Point) Path() string { return p.VM.Name + "/" + p.Name }
 func (p *Point) summary() Summary {
 	return Summary{ID: p.ID, VM: p.VM.Name, Name: p.Name, Time: p.Time, Tags: p.Tags, Disks: len(p.Disks),
 		Total: p.Stats.Total, New: p.Stats.New, Stored: p.Stats.Stored, Warnings: len(p.Warnings), LockedUntil: p.LockedUntil}
+}
+
+// CheckVMName refuses names of VMs that are not a single, printable path element.
+func CheckVMName(name string) error {
+	switch {
+	case name == "" || name == "." || name == ".." || len(name) > 200:
+	case strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == '/' || r == '\\' || r == 0x7f }):
+	case strings.TrimSpace(name) != name:
+	default:
+		return nil
+	}
+	return fmt.Errorf("%q cannot be the name of a VM: it must be one path element of at most 200 bytes", name)
 }
 
 // PointName is the name that a point of that time gets.

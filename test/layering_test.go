@@ -18,18 +18,20 @@ var mayImport = map[string][]string{
 	"vsphere/...":      {"backup"},
 	"hyperv/...":       {"backup"},
 	"scp/...":          {"backup"},
-	"backup":           {"store", "store/bucket"},
+	"backup":           {"store", "store/bucket", "store/remote/agent"},
 	"backup/...":       {"backup"},
 	"store":            {"store/bucket"},
 	"store/bucket":     {},
 	"store/bucket/...": {"store/bucket"},
 	"store/remote":     {"store", "store/bucket"},
-	"store/...":        {"store", "store/bucket"},
-	"fs":               {"store"},
-	"fs/fuse":          {"fs", "store"},
-	"fs/nfs":           {"fs", "store"},
-	"fs/boot":          {"fs", "store"},
-	"test/...":         {"..."},
+	// A second protocol, of which backup has the client as one of its targets.
+	"store/remote/agent": {"store", "store/bucket", "store/remote/wire"},
+	"store/...":          {"store", "store/bucket"},
+	"fs":                 {"store"},
+	"fs/fuse":            {"fs", "store"},
+	"fs/nfs":             {"fs", "store"},
+	"fs/boot":            {"fs", "store"},
+	"test/...":           {"..."},
 }
 
 // leaves may be imported by anyone and import only store/extent and what lies below themselves.

@@ -32,6 +32,7 @@ type command struct {
 	completes words  // what a shell offers for an argument
 	flags     []cli.Flag
 	needs     need
+	away      bool                // it works with a repository on another host, too
 	check     func(c *call) error // usage that counts and types do not catch; may be nil
 	run       func(ctx context.Context, c *call) error
 }
@@ -142,6 +143,9 @@ func perform(flags *cli.Context, e env, cmd *command) (err error) {
 	}
 	if err := c.resolve(cmd.needs); err != nil {
 		return err
+	}
+	if isAway(c.repo) && !cmd.away {
+		return onlyAdds(cmd.name, c.repo)
 	}
 	c.out = newResults(e.stdout, c.json)
 	c.progress = newProgress(e.clock, choosePrinter(e.stderr, c.options))

@@ -81,10 +81,10 @@ func runBackup(ctx context.Context, c *call) error {
 	src.AllowOutsideBacking = c.Bool("allow-outside-backing")
 	began := time.Now()
 	sum := summary{Type: "summary", Points: []summaryPoint{}, Failed: []summaryFail{}}
-	err = c.withRepo(ctx, func(r *store.Repo) error {
+	err = c.withTarget(ctx, func(to backup.Target) error {
 		var failures []error
 		for _, vm := range vms {
-			p, err := c.backupVM(ctx, r, src, vm.Name)
+			p, err := c.backupVM(ctx, to, src, vm.Name)
 			if err != nil && ctx.Err() != nil {
 				return err
 			}
@@ -95,8 +95,12 @@ func runBackup(ctx context.Context, c *call) error {
 			}
 			sum.Points = append(sum.Points, summaryPoint{p.ID, p.VM.Name, p.Name, p.Time, p.Stats, p.Consistency, append([]string{}, p.Warnings...)})
 			sum.Stats.Add(p.Stats)
-			c.out.line("%s: %s, %s read, %s new, %s stored, in %s", p.Path(), sizeText(p.Stats.Total), sizeText(p.Stats.Read),
-				sizeText(p.Stats.New), sizeText(p.Stats.Stored), durationText(time.Duration(p.Stats.Duration*float64(time.Second))))
+			stored := "stored"
+			if isAway(c.repo) {
+				stored = "sent"
+			}
+			c.out.line("%s: %s, %s read, %s new, %s %s, in %s", p.Path(), sizeText(p.Stats.Total), sizeText(p.Stats.Read),
+				sizeText(p.Stats.New), sizeText(p.Stats.Stored), stored, durationText(time.Duration(p.Stats.Duration*float64(time.Second))))
 		}
 		if len(failures) == 0 {
 			return nil
@@ -115,15 +119,17 @@ func runBackup(ctx context.Context, c *call) error {
 }
 
 // backupVM makes one restore point.
-func (c *call) backupVM(ctx context.Context, r *store.Repo, src backup.Source, vm string) (p *store.Point, err error) {
+func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source, vm string) (p *store.Point, err error) {
 	snap, err := src.Freeze(ctx, vm)
 	if err != nil {
 		return nil, err
 	}
 	defer snap.Close()
-	lock, err := c.lockFor()
-	if err != nil {
-		return nil, err
+	var lock backup.Duration
+	if !isAway(c.repo) { // else its server decides
+		if lock, err = c.lockFor(); err != nil {
+			return nil, err
+		}
 	}
 	var running *task
 	defer func() {
@@ -131,7 +137,7 @@ func (c *call) backupVM(ctx context.Context, r *store.Repo, src backup.Source, v
 			running.end(err)
 		}
 	}()
-	p, err = backup.Run(ctx, r, snap, backup.Options{
+	p, err = backup.RunTo(ctx, to, snap, backup.Options{
 		Tags:    c.StringSlice("tag"),
 		Full:    c.Bool("full"),
 		Program: programVersion(),

@@ -28,10 +28,12 @@ func commands() []command {
 			run:   runInit,
 		},
 		{
-			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--full] [--lock-for DURATION] [--allow-outside-backing]",
+			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--full] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
 			short: "back up disk image files",
 			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
-				"Files are raw or qcow2, told by their first bytes; one that ends in .raw is raw.",
+				"Files are raw or qcow2, told by their first bytes; one that ends in .raw is raw.\n" +
+				"With -r tls://HOST:PORT the point is added to a repository on another host, by its 'holdfast serve'. The token\n" +
+				"for it comes from --token-file, HOLDFAST_TOKEN_FILE, HOLDFAST_TOKEN or a prompt; no password is needed.",
 			min: 1, max: -1, completes: files,
 			flags: []cli.Flag{
 				&cli.StringFlag{Name: "vm", Usage: "`NAME` of the VM that the disks belong to"},
@@ -40,8 +42,10 @@ func commands() []command {
 				&cli.BoolFlag{DisableDefaultText: true, Name: "full", Usage: "read everything, whatever the last restore point says"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "allow-outside-backing",
 					Usage: "follow backing file names that are absolute or lead out of the image's directory"},
+				&cli.StringFlag{Name: "token-file", EnvVars: []string{"HOLDFAST_TOKEN_FILE"}, TakesFile: true,
+					Usage: "`FILE` with the token for a server"},
 			},
-			needs: needRepository, check: func(c *call) error { _, err := c.lockFor(); return err }, run: runBackup,
+			needs: needRepository, away: true, check: func(c *call) error { _, err := c.lockFor(); return err }, run: runBackup,
 		},
 		{
 			name: "points", usage: "[VM]", short: "list restore points",
@@ -183,6 +187,31 @@ func commands() []command {
 				&cli.StringFlag{Name: "label", Usage: "`TEXT` to tell the key from others"},
 			},
 			needs: needRepository, check: checkKey, run: runKey,
+		},
+		{
+			name: "serve", usage: "--listen HOST:PORT",
+			short: "let helpers on other hosts add restore points",
+			long: "It runs until SIGINT or SIGTERM, beside all other commands. Helpers need a token: see agent-token.\n" +
+				"They use it by: holdfast -r tls://HOST:PORT backup DISK... --token-file FILE",
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "listen", Usage: "`ADDRESS` to listen on, HOST:PORT or :PORT"},
+			},
+			needs: needRepository, check: checkServe, run: runServe,
+		},
+		{
+			name: "agent-token", usage: "list|add|remove ID [--label TEXT] [--vm PATTERN]... [--expires DURATION]",
+			short: "list and change the tokens with which helpers on other hosts add points",
+			long: "add      print a token, once: with it a helper adds restore points, and can do nothing else\n" +
+				"remove   end a token; a backup that uses it fails\n" +
+				"PATTERN names VMs as a shell names files: web, db*. Without any, the helper may add to VMs that nobody else has\n" +
+				"backed up. To give a helper another token, name its VMs: they have points of the old one.",
+			min: 1, max: -1, completes: words{list: tokenActions()},
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "label", Usage: "`TEXT` to tell the token from others"},
+				&cli.StringSliceFlag{Name: "vm", Usage: "`PATTERN` for the VMs that it may add to; may be repeated"},
+				&cli.StringFlag{Name: "expires", Usage: "end it after this `DURATION`, such as 90d"},
+			},
+			needs: needRepository, check: checkToken, run: runToken,
 		},
 		{
 			name: "completion", usage: "bash|zsh|fish", short: "write completion for a shell",

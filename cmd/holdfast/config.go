@@ -22,8 +22,9 @@ const maxConfig = 1 << 20
 // config is what a config file says. The zero value is that of an empty file.
 type config struct {
 	repository struct {
-		path         string // absolute, or "" when the file names none
-		passwordFile string // likewise
+		path         string // absolute or tls://…, or "" when the file names none
+		passwordFile string // absolute, or ""
+		tokenFile    string // likewise
 	}
 	backup struct {
 		lockFor backup.Duration // for how long points are locked; zero when the file says nothing
@@ -88,8 +89,9 @@ func parseConfig(path string, b []byte) (config, error) {
 	err := d.section(doc.Content[0], "the config", keys{
 		"repository": func(_, value *yaml.Node) error {
 			return d.section(value, "repository", keys{
-				"path":          d.path(&cfg.repository.path),
+				"path":          d.repository(&cfg.repository.path),
 				"password_file": d.path(&cfg.repository.passwordFile),
+				"token_file":    d.path(&cfg.repository.tokenFile),
 			})
 		},
 		"backup": func(_, value *yaml.Node) error {
@@ -175,6 +177,16 @@ func (d configDecoder) path(to *string) func(key, value *yaml.Node) error {
 		}
 		*to = abs
 		return nil
+	}
+}
+
+// repository takes a text that names a directory, or a server on another host.
+func (d configDecoder) repository(to *string) func(key, value *yaml.Node) error {
+	return func(key, value *yaml.Node) error {
+		if v := resolveAlias(value); v.Kind == yaml.ScalarNode && isAway(v.Value) {
+			return d.text(to)(key, value)
+		}
+		return d.path(to)(key, value)
 	}
 }
 

@@ -39,6 +39,9 @@ func checkCopy(c *call) error {
 	if c.String("to") == "" {
 		return usagef("copy: where to? --to is missing")
 	}
+	if to := c.String("to"); isAway(to) {
+		return onlyAdds("copy", to)
+	}
 	return nil
 }
 

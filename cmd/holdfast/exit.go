@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/vdisk"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/bucket"
+	"github.com/holdfast-backup/holdfast/store/remote/agent"
 )
 
 // Exit codes, a contract that scripts build on. 2 is left out because shells
@@ -26,7 +27,7 @@ const (
 	exitDamage       = 4   // the repository or a point has damaged bytes
 	exitNoRepository = 10  // the path holds no repository
 	exitLocked       = 11  // another process holds what is needed
-	exitAccess       = 12  // the password is missing or wrong
+	exitAccess       = 12  // the password or token is missing or wrong, or does not allow it
 	exitUsage        = 64  // the command line or the config file is wrong; nothing was touched
 	exitInterrupted  = 130 // SIGINT or SIGTERM
 )
@@ -58,6 +59,8 @@ func failures() []failure {
 		{isAny(backup.ErrSameRepository), exitUsage, "name another repository with --to"},
 		{isType[*accessError], exitAccess, ""},
 		{isAny(store.ErrPassphrase), exitAccess, ""},
+		{isAny(agent.ErrOtherServer), exitAccess, "the token is of another repository, or somebody else answers at this address; it was not sent"},
+		{isAny(store.ErrToken, agent.ErrVM), exitAccess, "at the repository 'holdfast agent-token list' shows what tokens there are and which VMs they are for"},
 		{isAny(store.ErrNoRepository), exitNoRepository, "'holdfast init DIR' makes a repository"},
 		{isAny(store.ErrLocked), exitLocked, "end the process that holds it, or wait for it"},
 		{isAny(store.ErrNewerFormat), exitFailed, "use a newer holdfast"},
@@ -69,6 +72,9 @@ func failures() []failure {
 		{isAny(bucket.ErrFull), exitFailed, "free some space; what was stored so far is found again by the next run"},
 		{isAny(bucket.ErrReadOnly), exitFailed, "the repository cannot be written: check its mount and its owner"},
 		{isAny(store.ErrUnsure), exitFailed, "'holdfast key list' shows whether it was"},
+		{isAny(agent.ErrUnreachable), exitFailed, "is 'holdfast serve' running there, and do firewalls let this port through?"},
+		{isAny(agent.ErrVersion), exitFailed, "use the same version of holdfast on both hosts"},
+		{isAny(agent.ErrGone), exitFailed, "the messages of 'holdfast serve' may say why; run the backup again"},
 		{isAny(backup.ErrTargetExists), exitFailed, "nothing is overwritten: name another place, or restore --onto it"},
 		{isAny(vdisk.ErrRefused), exitFailed, "if you trust the image, use --allow-outside-backing"},
 	}
@@ -157,7 +163,7 @@ func usagef(format string, a ...any) error {
 	return &usageError{fmt.Sprintf(format, a...)}
 }
 
-// accessError is a password that could not be had or was not accepted.
+// accessError is a password or token that could not be had, was not accepted, or does not allow it.
 type accessError struct{ err error }
 
 func (e *accessError) Error() string { return e.err.Error() }

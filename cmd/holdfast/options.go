@@ -12,7 +12,7 @@ type options struct {
 func globalFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "repo", Aliases: []string{"r"}, EnvVars: []string{"HOLDFAST_REPO"}, TakesFile: true,
-			Usage: "`DIR` of the repository"},
+			Usage: "`DIR` of the repository; for backup also tls://HOST:PORT"},
 		&cli.StringFlag{Name: "config", EnvVars: []string{"HOLDFAST_CONFIG"}, TakesFile: true,
 			Usage: "config `FILE` (default: /etc/holdfast/config.yaml, if it exists)"},
 		&cli.StringFlag{Name: "password-file", EnvVars: []string{"HOLDFAST_PASSWORD_FILE"}, TakesFile: true,

@@ -34,18 +34,19 @@ func (c *call) newPassword(ctx context.Context) ([]byte, error) {
 // --to-password-file or HOLDFAST_TO_PASSWORD_FILE, HOLDFAST_TO_PASSWORD, a prompt; never at
 // where the other one comes from.
 func (c *call) toPassword(ctx context.Context) ([]byte, error) {
-	return c.passwordIn(ctx, passwordPlaces{file: c.String("to-password-file"), variable: "HOLDFAST_TO_PASSWORD",
+	return c.passwordIn(ctx, passwordPlaces{kind: "password", file: c.String("to-password-file"), variable: "HOLDFAST_TO_PASSWORD",
 		question: "Password of " + printable(c.String("to")) + ": ",
 		what:     "no password given for " + c.String("to"), hint: "use --to-password-file FILE or HOLDFAST_TO_PASSWORD_FILE"}, false)
 }
 
 func (c *call) findPassword(ctx context.Context, twice bool) ([]byte, error) {
-	return c.passwordIn(ctx, passwordPlaces{file: c.passwordFile, variable: "HOLDFAST_PASSWORD", config: c.cfg.repository.passwordFile,
+	return c.passwordIn(ctx, passwordPlaces{kind: "password", file: c.passwordFile, variable: "HOLDFAST_PASSWORD", config: c.cfg.repository.passwordFile,
 		question: "Password: ", what: "no password given", hint: "use --password-file FILE or HOLDFAST_PASSWORD_FILE"}, twice)
 }
 
 // passwordPlaces say where a password is looked for, in this order.
 type passwordPlaces struct {
+	kind     string // "password" or "token"
 	file     string // of a flag or its variable; may be empty
 	variable string // that holds the password
 	config   string // file that the config names; may be empty
@@ -56,7 +57,7 @@ type passwordPlaces struct {
 
 func (c *call) passwordIn(ctx context.Context, in passwordPlaces, twice bool) ([]byte, error) {
 	if in.file != "" {
-		return c.passwordFrom(in.file)
+		return c.secretFrom(in.kind, in.file)
 	}
 	// Set but empty is what "HOLDFAST_PASSWORD= holdfast …" and unset secrets
 	// of CI systems leave behind: nothing was given.
@@ -64,7 +65,7 @@ func (c *call) passwordIn(ctx context.Context, in passwordPlaces, twice bool) ([
 		return []byte(p), nil
 	}
 	if in.config != "" {
-		return c.passwordFrom(in.config)
+		return c.secretFrom(in.kind, in.config)
 	}
 	if !c.canAsk() {
 		return nil, withHint(&accessError{errors.New(in.what + " and no terminal to ask on")}, "%s", in.hint)
@@ -94,14 +95,17 @@ func (c *call) promptTwice(ctx context.Context, question string) ([]byte, error)
 	return p, nil
 }
 
-// passwordFrom reads a password file and warns of one that others can read.
-func (c *call) passwordFrom(path string) ([]byte, error) {
+// passwordFrom reads a password file.
+func (c *call) passwordFrom(path string) ([]byte, error) { return c.secretFrom("password", path) }
+
+// secretFrom reads the file of a secret and warns of one that others can read.
+func (c *call) secretFrom(kind, path string) ([]byte, error) {
 	p, open, err := readPasswordFile(path)
 	if err != nil {
-		return nil, &accessError{fmt.Errorf("password file: %w", err)}
+		return nil, &accessError{fmt.Errorf("%s file: %w", kind, err)}
 	}
 	if open {
-		c.progress.warn("password file %s can be read by others; chmod 600 it", path)
+		c.progress.warn("%s file %s can be read by others; chmod 600 it", kind, path)
 	}
 	return p, nil
 }

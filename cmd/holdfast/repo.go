@@ -112,6 +112,9 @@ var leftovers = map[string]bool{"tmp": true, "config.copy": true}
 
 func runInit(ctx context.Context, c *call) error {
 	dir := c.args[0]
+	if isAway(dir) {
+		return onlyAdds("init", dir)
+	}
 	size, err := chunkSize(c.String("chunk-size"))
 	if err != nil {
 		return err

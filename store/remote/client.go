@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/remote/wire"
 )
 
 // errGone: the owner ended the connection. The request may have been carried out.
@@ -39,13 +40,13 @@ var _ store.Index = (*client)(nil)
 func newClient(conn net.Conn, repo [16]byte) (*client, error) {
 	c := &client{conn: conn, waiting: map[uint64]chan []byte{}}
 	conn.SetDeadline(time.Now().Add(5 * time.Second))
-	b := binary.LittleEndian.AppendUint32(newFrame(0, opHello), protocolVersion)
+	b := binary.LittleEndian.AppendUint32(wire.NewFrame(0, opHello), protocolVersion)
 	b, _ = finish(append(b, repo[:]...))
 	if _, err := conn.Write(b); err != nil {
 		return nil, errors.Join(errGone, err)
 	}
 	in := bufio.NewReaderSize(conn, 64<<10)
-	resp, err := readFrame(in, nil)
+	resp, err := readFrame(in)
 	if err != nil {
 		return nil, errors.Join(errGone, err)
 	}
@@ -60,7 +61,7 @@ func newClient(conn net.Conn, repo [16]byte) (*client, error) {
 // receive hands responses to those who wait for them.
 func (c *client) receive(in *bufio.Reader) {
 	for {
-		resp, err := readFrame(in, nil)
+		resp, err := readFrame(in)
 		c.mu.Lock()
 		if err != nil {
 			c.gone = true
@@ -94,7 +95,7 @@ func (c *client) call(ctx context.Context, op uint8, build func([]byte) []byte) 
 	n := c.number
 	c.waiting[n] = ch
 	c.mu.Unlock()
-	b, err := finish(build(newFrame(n, op)))
+	b, err := finish(build(wire.NewFrame(n, op)))
 	if err == nil {
 		c.wmu.Lock()
 		_, err = c.conn.Write(b)
@@ -116,7 +117,7 @@ func (c *client) call(ctx context.Context, op uint8, build func([]byte) []byte) 
 		}
 		switch text := string(resp[1:min(len(resp), 1024)]); resp[0] {
 		case statusOK:
-			return &cursor{b: resp[1:]}, nil
+			return newCursor(resp[1:]), nil
 		case statusNotExist:
 			return nil, fmt.Errorf("%s: %w", text, store.ErrNotExist)
 		default:
@@ -143,7 +144,7 @@ func (c *client) Lookup(ctx context.Context, ids []store.ID, locs []store.Loc) e
 		for i := range n {
 			locs[i] = in.loc()
 		}
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return err
 		}
 		ids, locs = ids[n:], locs[n:]
@@ -173,16 +174,16 @@ func (c *client) Packs(ctx context.Context) iter.Seq2[store.NumberedPack, error]
 				yield(store.NumberedPack{}, err)
 				return
 			}
-			f := in.take(1)
+			f := in.Take(1)
 			more = f != nil && f[0] == 1
-			for len(in.b) > 0 && in.err == nil {
-				p := store.NumberedPack{Number: in.u32(), PackInfo: in.pack(), Condemned: in.u8() == 1}
+			for in.More() {
+				p := store.NumberedPack{Number: in.U32(), PackInfo: in.pack(), Condemned: in.U8() == 1}
 				after = p.Number
-				if in.err == nil && !yield(p, nil) {
+				if in.Err() == nil && !yield(p, nil) {
 					return
 				}
 			}
-			if err := in.end(); err != nil {
+			if err := in.End(); err != nil {
 				yield(store.NumberedPack{}, err)
 				return
 			}
@@ -196,7 +197,7 @@ func (c *client) Pack(ctx context.Context, number uint32) (p store.PackInfo, err
 		return p, err
 	}
 	p = in.pack()
-	return p, in.end()
+	return p, in.End()
 }
 
 func (c *client) DropPack(ctx context.Context, pack store.PackID, ids []store.ID) error {
@@ -209,7 +210,7 @@ func (c *client) Incarnation(ctx context.Context) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return in.u64(), in.end()
+	return in.U64(), in.End()
 }
 
 func (c *client) NextPack(ctx context.Context) (uint32, error) {
@@ -217,7 +218,7 @@ func (c *client) NextPack(ctx context.Context) (uint32, error) {
 	if err != nil {
 		return 0, err
 	}
-	return in.u32(), in.end()
+	return in.U32(), in.End()
 }
 
 func (c *client) Condemn(ctx context.Context, old [16]byte, set store.Condemned) (bool, error) {
@@ -227,7 +228,7 @@ func (c *client) Condemn(ctx context.Context, old [16]byte, set store.Condemned)
 	if err != nil {
 		return false, err
 	}
-	return in.u8() == 1, in.end()
+	return in.U8() == 1, in.End()
 }
 
 func (c *client) Epoch(ctx context.Context) (e [16]byte, err error) {
@@ -235,8 +236,8 @@ func (c *client) Epoch(ctx context.Context) (e [16]byte, err error) {
 	if err != nil {
 		return e, err
 	}
-	copy(e[:], in.take(16))
-	return e, in.end()
+	copy(e[:], in.Take(16))
+	return e, in.End()
 }
 
 func (c *client) Suspect(ctx context.Context, ids []store.ID) error {
@@ -253,8 +254,8 @@ func (c *client) Whole(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	f := in.take(1)
-	return f != nil && f[0] == 1, in.end()
+	f := in.Take(1)
+	return f != nil && f[0] == 1, in.End()
 }
 
 func (c *client) SetWhole(ctx context.Context) error {
@@ -264,17 +265,17 @@ func (c *client) SetWhole(ctx context.Context) error {
 
 func (c *client) Page(ctx context.Context, id store.ID) ([]byte, error) {
 	in, err := c.call(ctx, opPage, func(b []byte) []byte { return append(b, id[:]...) })
-	if err != nil || len(in.b) == 0 {
+	if err != nil || len(in.Rest()) == 0 {
 		return nil, err
 	}
-	return in.b, nil
+	return in.Rest(), nil
 }
 
 func (c *client) PutPages(ctx context.Context, ids []store.ID, pages [][]byte) error {
 	_, err := c.call(ctx, opPutPages, func(b []byte) []byte {
 		b = binary.LittleEndian.AppendUint32(b, uint32(len(ids)))
 		for i, id := range ids {
-			b = putBytes(append(b, id[:]...), pages[i])
+			b = wire.AppendBytes(append(b, id[:]...), pages[i])
 		}
 		return b
 	})
@@ -289,14 +290,14 @@ func (c *client) PageIDs(ctx context.Context, after store.ID) iter.Seq2[store.ID
 				yield(store.ID{}, err)
 				return
 			}
-			more = in.u8() == 1
-			for len(in.b) > 0 && in.err == nil {
-				copy(after[:], in.take(32))
-				if in.err == nil && !yield(after, nil) {
+			more = in.U8() == 1
+			for in.More() {
+				copy(after[:], in.Take(32))
+				if in.Err() == nil && !yield(after, nil) {
 					return
 				}
 			}
-			if err := in.end(); err != nil {
+			if err := in.End(); err != nil {
 				yield(store.ID{}, err)
 				return
 			}
@@ -321,15 +322,15 @@ func (c *client) Points(ctx context.Context, after store.PointID) iter.Seq2[stor
 				yield(store.SealedPoint{}, err)
 				return
 			}
-			more = in.u8() == 1
-			for len(in.b) > 0 && in.err == nil {
+			more = in.U8() == 1
+			for in.More() {
 				p := in.point()
 				after = p.ID
-				if in.err == nil && !yield(p, nil) {
+				if in.Err() == nil && !yield(p, nil) {
 					return
 				}
 			}
-			if err := in.end(); err != nil {
+			if err := in.End(); err != nil {
 				yield(store.SealedPoint{}, err)
 				return
 			}
@@ -342,16 +343,16 @@ func (c *client) Changes(ctx context.Context, since uint64) (ch store.Changes, e
 	if err != nil {
 		return ch, err
 	}
-	ch.Generation, ch.Unknown = in.u64(), in.u8() == 1
-	for range in.count(16) {
+	ch.Generation, ch.Unknown = in.U64(), in.U8() == 1
+	for range in.Count(16) {
 		var id store.PointID
-		copy(id[:], in.take(16))
+		copy(id[:], in.Take(16))
 		ch.Dropped = append(ch.Dropped, id)
 	}
-	for range in.count(20) {
+	for range in.Count(20) {
 		ch.Put = append(ch.Put, in.point())
 	}
-	return ch, in.end()
+	return ch, in.End()
 }
 
 func (c *client) PutPoint(ctx context.Context, p store.SealedPoint) error {
@@ -369,15 +370,15 @@ func (c *client) Generation(ctx context.Context) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return in.u64(), in.end()
+	return in.U64(), in.End()
 }
 
 func (c *client) Reserve(ctx context.Context, name string) (int, error) {
-	in, err := c.call(ctx, opReserve, func(b []byte) []byte { return putBytes(b, []byte(name)) })
+	in, err := c.call(ctx, opReserve, func(b []byte) []byte { return wire.AppendBytes(b, []byte(name)) })
 	if err != nil {
 		return 0, err
 	}
-	return int(in.u32()), in.end()
+	return int(in.U32()), in.End()
 }
 
 // Close ends the connection.

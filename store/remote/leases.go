@@ -19,6 +19,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/bucket"
+	"github.com/holdfast-backup/holdfast/store/remote/wire"
 )
 
 const (
@@ -153,7 +154,7 @@ func (l fileLeases) look(name string) (lease store.Lease, ok bool, err error) {
 func encodeLease(l store.Lease) []byte {
 	b := append([]byte(leaseMagic), byte(l.Kind))
 	b = binary.LittleEndian.AppendUint32(b, l.FirstPack)
-	b = putBytes(b, l.Manifest)
+	b = wire.AppendBytes(b, l.Manifest)
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
@@ -163,9 +164,9 @@ func decodeLease(b []byte) (store.Lease, error) {
 	if n < len(leaseMagic)+9 || !bytes.HasPrefix(b, []byte(leaseMagic)) || crc32.Checksum(b[:n], castagnoli) != binary.LittleEndian.Uint32(b[n:]) {
 		return store.Lease{}, bad
 	}
-	in := cursor{b: b[len(leaseMagic):n]}
-	l := store.Lease{Kind: store.LeaseKind(in.take(1)[0]), FirstPack: in.u32(), Manifest: bytes.Clone(in.bytes())}
-	return l, in.end()
+	in := newCursor(b[len(leaseMagic):n])
+	l := store.Lease{Kind: store.LeaseKind(in.Take(1)[0]), FirstPack: in.U32(), Manifest: bytes.Clone(in.Bytes())}
+	return l, in.End()
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/remote/wire"
 )
 
 // maxInFlight bounds the requests of one connection that are worked on at once.
@@ -100,7 +101,7 @@ func (s *server) close() {
 func (s *server) connection(c net.Conn) {
 	defer c.Close()
 	in := bufio.NewReaderSize(c, 64<<10)
-	first, err := readFrame(in, nil)
+	first, err := readFrame(in)
 	if err != nil {
 		return
 	}
@@ -112,7 +113,7 @@ func (s *server) connection(c net.Conn) {
 	defer requests.Wait()
 	slots := make(chan struct{}, maxInFlight)
 	for {
-		req, err := readFrame(in, nil)
+		req, err := readFrame(in)
 		if err != nil {
 			return
 		}
@@ -120,7 +121,7 @@ func (s *server) connection(c net.Conn) {
 		requests.Go(func() {
 			defer func() { <-slots }()
 			number := binary.LittleEndian.Uint64(req)
-			resp, err := finish(s.answer(number, req[8], &cursor{b: req[9:]}))
+			resp, err := finish(s.answer(number, req[8], newCursor(req[9:])))
 			if err != nil {
 				resp, _ = finish(failure(number, err))
 			}
@@ -134,14 +135,14 @@ func (s *server) connection(c net.Conn) {
 // hello checks that both sides mean the same protocol and repository.
 func (s *server) hello(c net.Conn, req []byte) bool {
 	number := binary.LittleEndian.Uint64(req)
-	in := cursor{b: req[9:]}
-	version, repo := in.u32(), in.take(16)
-	ok := req[8] == opHello && in.err == nil && version == protocolVersion && [16]byte(repo) == s.repo
+	in := newCursor(req[9:])
+	version, repo := in.U32(), in.Take(16)
+	ok := req[8] == opHello && in.Err() == nil && version == protocolVersion && [16]byte(repo) == s.repo
 	status := uint8(statusOK)
 	if !ok {
 		status = statusVersion
 	}
-	b, _ := finish(binary.LittleEndian.AppendUint32(newFrame(number, status), protocolVersion))
+	b, _ := finish(binary.LittleEndian.AppendUint32(wire.NewFrame(number, status), protocolVersion))
 	_, err := c.Write(b)
 	return ok && err == nil
 }
@@ -151,12 +152,12 @@ func failure(number uint64, err error) []byte {
 	if errors.Is(err, store.ErrNotExist) {
 		status = statusNotExist
 	}
-	return append(newFrame(number, status), err.Error()...)
+	return append(wire.NewFrame(number, status), err.Error()...)
 }
 
 // answer carries out one request.
 func (s *server) answer(number uint64, op uint8, in *cursor) []byte {
-	out := newFrame(number, statusOK)
+	out := wire.NewFrame(number, statusOK)
 	out, err := s.carryOut(op, in, out)
 	if err != nil {
 		return failure(number, err)
@@ -170,7 +171,7 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 	switch op {
 	case opLookup:
 		ids := takeIDs[store.ID](in)
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		locs := make([]store.Loc, len(ids))
@@ -183,46 +184,46 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 		return out, nil
 	case opAddPack:
 		pack := in.pack()
-		recs := make([]store.PackRecord, in.count(45))
+		recs := make([]store.PackRecord, in.Count(45))
 		for i := range recs {
 			r := &recs[i]
-			copy(r.ID[:], in.take(32))
-			r.Off, r.Len, r.Plain = in.u32(), in.u32(), in.u32()
-			r.Kind = in.u8()
+			copy(r.ID[:], in.Take(32))
+			r.Off, r.Len, r.Plain = in.U32(), in.U32(), in.U32()
+			r.Kind = in.U8()
 		}
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.AddPack(ctx, pack, recs)
 	case opPacks:
-		after := in.u32()
-		if err := in.end(); err != nil {
+		after := in.U32()
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return s.packs(ctx, after, out)
 	case opPack:
-		n := in.u32()
-		if err := in.end(); err != nil {
+		n := in.U32()
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		p, err := s.index.Pack(ctx, n)
 		return putPack(out, p), err
 	case opDropPack:
 		var pack store.PackID
-		copy(pack[:], in.take(32))
+		copy(pack[:], in.Take(32))
 		ids := takeIDs[store.ID](in)
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.DropPack(ctx, pack, ids)
 	case opIncarnation:
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		n, err := s.index.Incarnation(ctx)
 		return le.AppendUint64(out, n), err
 	case opNextPack:
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		n, err := s.index.NextPack(ctx)
@@ -230,78 +231,78 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 	case opCondemn:
 		var old [16]byte
 		var c store.Condemned
-		copy(old[:], in.take(16))
-		copy(c.Epoch[:], in.take(16))
+		copy(old[:], in.Take(16))
+		copy(c.Epoch[:], in.Take(16))
 		c.Packs = takeIDs[store.PackID](in)
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		done, err := s.index.Condemn(ctx, old, c)
 		return append(out, flag(done)), err
 	case opEpoch:
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		e, err := s.index.Epoch(ctx)
 		return append(out, e[:]...), err
 	case opSuspect:
 		ids := takeIDs[store.ID](in)
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.Suspect(ctx, ids)
 	case opWhole:
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		whole, err := s.index.Whole(ctx)
 		return append(out, flag(whole)), err
 	case opSetWhole:
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.SetWhole(ctx)
 	case opPage:
 		var id store.ID
-		copy(id[:], in.take(32))
-		if err := in.end(); err != nil {
+		copy(id[:], in.Take(32))
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		page, err := s.index.Page(ctx, id)
 		return append(out, page...), err
 	case opPutPages:
-		ids, pages := make([]store.ID, in.count(36)), [][]byte(nil)
+		ids, pages := make([]store.ID, in.Count(36)), [][]byte(nil)
 		for i := range ids {
-			copy(ids[i][:], in.take(32))
-			pages = append(pages, in.bytes())
+			copy(ids[i][:], in.Take(32))
+			pages = append(pages, in.Bytes())
 		}
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.PutPages(ctx, ids, pages)
 	case opPageIDs:
 		var after store.ID
-		copy(after[:], in.take(32))
-		if err := in.end(); err != nil {
+		copy(after[:], in.Take(32))
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return s.pageIDs(ctx, after, out)
 	case opDropPages:
 		ids := takeIDs[store.ID](in)
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.DropPages(ctx, ids)
 	case opPoints:
 		var after store.PointID
-		copy(after[:], in.take(16))
-		if err := in.end(); err != nil {
+		copy(after[:], in.Take(16))
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return s.points(ctx, after, out)
 	case opChanges:
-		since := in.u64()
-		if err := in.end(); err != nil {
+		since := in.U64()
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		c, err := s.index.Changes(ctx, since)
@@ -320,32 +321,32 @@ func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 		return out, nil
 	case opPutPoint:
 		p := in.point()
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.PutPoint(ctx, p)
 	case opDropPoint:
 		var id store.PointID
-		copy(id[:], in.take(16))
-		if err := in.end(); err != nil {
+		copy(id[:], in.Take(16))
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		return out, s.index.DropPoint(ctx, id)
 	case opGeneration:
-		if err := in.end(); err != nil {
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		gen, err := s.index.Generation(ctx)
 		return le.AppendUint64(out, gen), err
 	case opReserve:
-		name := string(in.bytes())
-		if err := in.end(); err != nil {
+		name := string(in.Bytes())
+		if err := in.End(); err != nil {
 			return nil, err
 		}
 		n, err := s.index.Reserve(ctx, name)
 		return le.AppendUint32(out, uint32(n)), err
 	default:
-		return nil, errShort
+		return nil, wire.ErrMalformed
 	}
 }
 
