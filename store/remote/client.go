@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
 	"github.com/holdfast-backup/holdfast/store/remote/wire"
 )
 
@@ -34,7 +35,10 @@ type client struct {
 	gone    bool
 }
 
-var _ store.Index = (*client)(nil)
+var (
+	_ store.Index       = (*client)(nil)
+	_ store.IndexWriter = (*client)(nil)
+)
 
 // newClient says hello on conn.
 func newClient(conn net.Conn, repo [16]byte) (*client, error) {
@@ -120,6 +124,8 @@ func (c *client) call(ctx context.Context, op uint8, build func([]byte) []byte) 
 			return newCursor(resp[1:]), nil
 		case statusNotExist:
 			return nil, fmt.Errorf("%s: %w", text, store.ErrNotExist)
+		case statusFull:
+			return nil, fmt.Errorf("%s: %w", text, bucket.ErrFull)
 		default:
 			return nil, errors.New(text)
 		}
@@ -129,6 +135,15 @@ func (c *client) call(ctx context.Context, op uint8, build func([]byte) []byte) 
 		c.mu.Unlock()
 		return nil, ctx.Err()
 	}
+}
+
+// Write implements store.IndexWriter.
+func (c *client) Write(ctx context.Context) error {
+	in, err := c.call(ctx, opWrite, func(b []byte) []byte { return b })
+	if err != nil {
+		return err
+	}
+	return in.End()
 }
 
 // lookupBatch keeps a request well under maxFrame.

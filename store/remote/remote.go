@@ -68,23 +68,25 @@ type index struct {
 	anew  bool // to be the owner of a new index, or nothing
 
 	electing sync.Mutex // held while a new owner is sought; guards following
-	lowNext  bool       // low, frozen and seen of what become has opened
+	lowNext  bool       // low, inMemory, frozen and seen of what become has opened
+	memNext  bool
 	icedNext bool
 	seenNext string
 	private  store.Index // in memory, of a process that may write nothing; nil before it is needed
 
 	using sync.RWMutex // held for reading while cur is used; never taken with mu held
 
-	mu     sync.Mutex // guards following
-	cur    store.Index
-	term   int // counts elections
-	srv    *server
-	lock   *os.File
-	low    bool   // cur cannot be written, since there is too little room
-	memory bool   // if so, one in memory is wanted
-	frozen bool   // nobody tells cur what changes: it was opened for reading alone
-	seen   string // if so, what the repository looked like then
-	closed bool
+	mu       sync.Mutex // guards following
+	cur      store.Index
+	term     int // counts elections
+	srv      *server
+	lock     *os.File
+	low      bool   // cur cannot be written, since there is too little room
+	memory   bool   // if so, one in memory is wanted
+	inMemory bool   // cur is the owner's, and in memory
+	frozen   bool   // nobody tells cur what changes: it was opened for reading alone
+	seen     string // if so, what the repository looked like then
+	closed   bool
 }
 
 var (
@@ -152,6 +154,7 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 		if err == nil {
 			x.mu.Lock()
 			x.cur, x.srv, x.lock, x.term, x.low, x.frozen, x.seen = cur, srv, lock, term+1, x.lowNext, x.icedNext, x.seenNext
+			x.inMemory = x.memNext
 			x.mu.Unlock()
 			if old != nil && old != cur {
 				x.using.Lock() // others may be in the middle of a call
@@ -182,7 +185,7 @@ func (x *index) elect(ctx context.Context, term int) (store.Index, error) {
 func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, error) {
 	lock, err := os.OpenFile(filepath.Join(x.dir, lockName), os.O_RDWR|os.O_CREATE|syscall.O_CLOEXEC, 0o600)
 	if !x.anew && (errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.ENOSPC)) {
-		x.lowNext, x.icedNext, x.seenNext = false, true, x.look()
+		x.lowNext, x.memNext, x.icedNext, x.seenNext = false, false, true, x.look()
 		cur, err := x.mayNotWrite(ctx)
 		return cur, nil, nil, err
 	}
@@ -195,6 +198,7 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 	memory := x.memory
 	x.mu.Unlock()
 	low := err == nil && ferr == nil && free < store.MinFree
+	x.memNext = low && memory
 	x.lowNext, x.icedNext, x.seenNext = low && !memory, low && !memory, x.look()
 	if x.lowNext {
 		lock.Close() // a reader serves nobody
@@ -243,19 +247,56 @@ func (x *index) become(ctx context.Context) (store.Index, *server, *os.File, err
 }
 
 // Write implements store.IndexWriter. Where there is too little room for an index
-// that can be written, one in memory takes its place for the rest of the process: what it is told
-// follows from the objects in the repository, so the one on the medium is brought up to
+// that can be written, one in memory takes its place for the rest of the owner's process: what it is
+// told follows from the objects in the repository, so the one on the medium is brought up to
 // date by the next owner that has room.
 func (x *index) Write(ctx context.Context) error {
 	x.mu.Lock()
-	term, low := x.term, x.low
+	term, low, owner := x.term, x.low, x.srv != nil
 	x.memory = true
 	x.mu.Unlock()
-	if !low {
+	switch {
+	case low:
+		_, err := x.elect(ctx, term)
+		return err
+	case owner:
+		return x.intoMemory(ctx)
+	}
+	return x.do(ctx, func(i store.Index) error {
+		if w, ok := i.(store.IndexWriter); ok {
+			return w.Write(ctx)
+		}
+		return nil // a process that may write nothing will be told so
+	})
+}
+
+// intoMemory makes the owner's index one in memory if the medium has become too full to
+// write the one it has. Clients wait meanwhile, and find other numbers of packs after it.
+func (x *index) intoMemory(ctx context.Context) error {
+	if free, err := bucket.FreeBytes(x.dir); err != nil || free >= store.MinFree {
 		return nil
 	}
-	_, err := x.elect(ctx, term)
-	return err
+	if !x.electing.TryLock() {
+		return nil // somebody else is about to, or it ends and waits for this answer
+	}
+	defer x.electing.Unlock()
+	x.using.Lock()
+	defer x.using.Unlock()
+	x.mu.Lock()
+	old, srv, done := x.cur, x.srv, x.closed || x.inMemory
+	x.mu.Unlock()
+	if done || srv == nil {
+		return nil
+	}
+	cur, err := store.MemoryIndex()(ctx, x.repo, x.check)
+	if err != nil {
+		return err
+	}
+	x.mu.Lock()
+	x.cur, x.inMemory = cur, true
+	x.mu.Unlock()
+	srv.index = cur
+	return old.Close()
 }
 
 // own opens the index and serves it. The lock is held.
@@ -283,7 +324,7 @@ func (x *index) own(ctx context.Context, open store.IndexOpener) (store.Index, *
 		local.Close()
 		return nil, nil, err
 	}
-	return local, serve(ln, local, x.repo), nil
+	return local, serve(ln, local, x), nil
 }
 
 // readOnly opens what there is without writing: the index as it lies there, or

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
 	"github.com/holdfast-backup/holdfast/store/remote/wire"
 )
 
@@ -21,8 +22,8 @@ const maxInFlight = 16
 
 // server gives other processes the use of an index that this process owns.
 type server struct {
-	index store.Index
-	repo  [16]byte
+	owner *index
+	index store.Index // changes while owner.using is held for writing
 	ln    net.Listener
 	stop  context.CancelFunc
 	ctx   context.Context
@@ -32,8 +33,8 @@ type server struct {
 	conns map[net.Conn]bool
 }
 
-func serve(ln net.Listener, index store.Index, repo [16]byte) *server {
-	s := &server{index: index, repo: repo, ln: ln, conns: map[net.Conn]bool{}}
+func serve(ln net.Listener, local store.Index, owner *index) *server {
+	s := &server{owner: owner, index: local, ln: ln, conns: map[net.Conn]bool{}}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.wg.Go(func() {
 		for {
@@ -137,7 +138,7 @@ func (s *server) hello(c net.Conn, req []byte) bool {
 	number := binary.LittleEndian.Uint64(req)
 	in := newCursor(req[9:])
 	version, repo := in.U32(), in.Take(16)
-	ok := req[8] == opHello && in.Err() == nil && version == protocolVersion && [16]byte(repo) == s.repo
+	ok := req[8] == opHello && in.Err() == nil && version == protocolVersion && [16]byte(repo) == s.owner.repo
 	status := uint8(statusOK)
 	if !ok {
 		status = statusVersion
@@ -149,8 +150,11 @@ func (s *server) hello(c net.Conn, req []byte) bool {
 
 func failure(number uint64, err error) []byte {
 	status := uint8(statusError)
-	if errors.Is(err, store.ErrNotExist) {
+	switch {
+	case errors.Is(err, store.ErrNotExist):
 		status = statusNotExist
+	case errors.Is(err, bucket.ErrFull):
+		status = statusFull
 	}
 	return append(wire.NewFrame(number, status), err.Error()...)
 }
@@ -167,6 +171,14 @@ func (s *server) answer(number uint64, op uint8, in *cursor) []byte {
 
 func (s *server) carryOut(op uint8, in *cursor, out []byte) ([]byte, error) {
 	ctx := context.WithoutCancel(s.ctx) // a request that was read is finished
+	if op == opWrite {
+		if err := in.End(); err != nil {
+			return nil, err
+		}
+		return out, s.owner.intoMemory(ctx)
+	}
+	s.owner.using.RLock()
+	defer s.owner.using.RUnlock()
 	le := binary.LittleEndian
 	switch op {
 	case opLookup:

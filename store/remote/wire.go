@@ -12,7 +12,7 @@ import (
 // number of their request. The first request of a connection is hello: protocol version u32,
 // repository id 16.
 const (
-	protocolVersion = 2
+	protocolVersion = 3
 	maxFrame        = 16 << 20 // bytes; a longer frame ends the connection
 	pageOfListing   = 2 << 20  // bytes after which a listing is continued by another request
 )
@@ -41,6 +41,7 @@ const (
 	opGeneration
 	opChanges
 	opReserve
+	opWrite
 )
 
 const (
@@ -48,6 +49,7 @@ const (
 	statusError
 	statusNotExist
 	statusVersion
+	statusFull
 )
 
 func readFrame(r io.Reader) ([]byte, error) { return wire.ReadFrame(r, nil, maxFrame) }

@@ -203,3 +203,55 @@ func TestMountWithoutRoom(t *testing.T) {
 		})
 	}
 }
+
+// TestFullUnderOwner fills the medium while a mount owns the index, with plenty of room when it began:
+// forget and gc, its clients, give back room with not one byte left, and the mount goes on.
+func TestFullUnderOwner(t *testing.T) {
+	needs(t, "root", "fuse")
+	t.Parallel()
+	dir := newDir(t)
+	for _, medium := range media {
+		t.Run(medium.name, func(t *testing.T) {
+			at, _ := medium.make(t, 200*mib)
+			r := &repository{dir: at + "/repo", password: "correct horse"}
+			r.must(t, "init", r.dir)
+			var all []kept
+			for i := range int64(4) {
+				file := newRaw(t, fmt.Sprint(dir, "/", medium.name, i, ".raw"), 9*mib+i, piece{0, 8 * mib}).file
+				all = append(all, r.keep(t, fmt.Sprint("vm", i), file))
+			}
+			m := r.mount(t)
+			reads := func() {
+				t.Helper()
+				for _, k := range all {
+					tool(t, "cmp", k.copy, filepath.Join(m.dir, k.path(), "disk0.raw"))
+				}
+			}
+			tool(t, "cmp", all[3].copy, filepath.Join(m.dir, all[3].path(), "disk0.raw"))
+			for range 2 { // the second time the index is in memory
+				fill(t, at, 0)
+				r.wants(t, 1, "no space left", "backup", "--vm", "tiny", all[0].copy)
+				r.must(t, "forget", "--force", all[0].ID)
+				all = all[1:]
+				var rep struct {
+					Removed int `json:"packs_removed"`
+				}
+				res := r.must(t, "gc", "--json")
+				if err := json.Unmarshal([]byte(res.out), &rep); err != nil || rep.Removed == 0 {
+					t.Errorf("gc removed %d packs, %v\n%s", rep.Removed, err, res.err)
+				}
+				reads()
+			}
+			if err := os.Remove(at + "/rest"); err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, r.keep(t, "later", all[0].copy))
+			reads()
+			m.stop(t, terminate)
+			r.intact(t, all...)
+			r.must(t, "gc")
+			r.must(t, "verify", "--read-data")
+			r.intact(t, all...)
+		})
+	}
+}
