@@ -86,7 +86,7 @@ func (c Client) connect(ctx context.Context) (*Session, error) {
 	if err != nil {
 		return nil, unreachable(ctx, c.Addr, err)
 	}
-	peer := newPeerConn(raw)
+	peer := newPeerConn(raw, silence)
 	conn := tls.Client(peer, clientTLS(c.Token.Pin))
 	s := newSession(conn)
 	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()

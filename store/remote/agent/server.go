@@ -45,7 +45,7 @@ type Server struct {
 	opt  ServerOptions
 	tls  *tls.Config
 	// Constants but for tests.
-	handshake, checkEvery time.Duration
+	handshake, checkEvery, silence time.Duration
 
 	ctx  context.Context // of all sessions
 	stop context.CancelFunc
@@ -80,7 +80,7 @@ func NewServer(repo *store.Repo, opt ServerOptions) (*Server, error) {
 		return nil, fmt.Errorf("agent server: %w", err)
 	}
 	s := &Server{
-		repo: repo, opt: opt, tls: conf, unproven: make(chan struct{}, maxUnproven), handshake: handshake, checkEvery: checkEvery,
+		repo: repo, opt: opt, tls: conf, unproven: make(chan struct{}, maxUnproven), handshake: handshake, checkEvery: checkEvery, silence: silence,
 		conns: map[net.Conn]bool{}, sessions: map[*session]bool{}, inUse: map[string]int{}, makers: map[store.PointID]pointMaker{},
 	}
 	s.ctx, s.stop = context.WithCancel(context.Background())
@@ -192,7 +192,7 @@ func (s *Server) watch() {
 
 // connection has one peer, from its first byte to its last.
 func (s *Server) connection(raw net.Conn) {
-	peer := newPeerConn(raw)
+	peer := newPeerConn(raw, s.silence)
 	raw.SetDeadline(time.Now().Add(s.handshake))
 	conn := tls.Server(peer, s.tls)
 	in := bufio.NewReaderSize(conn, 4<<10)
