@@ -8,7 +8,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -139,42 +138,68 @@ func TestForeignChunks(t *testing.T) {
 }
 
 // TestPutTellsNothing: a chunk that is stored and one that is not are answered alike, and
-// before the repository is asked.
+// before the repository is asked. A commit waits until it has answered, all the same.
 func TestPutTellsNothing(t *testing.T) {
-	gate := &gated{Memory: bucket.NewMemory(), waiting: make(chan struct{}, 10), pass: make(chan struct{})}
+	gate := &gated{Memory: bucket.NewMemory(), waiting: make(chan struct{}, 1), pass: make(chan struct{})}
+	defer close(gate.pass)
 	w := newWorld(t, ServerOptions{}, gate)
 	token, _ := w.token(store.AgentInfo{})
 	w.local("bank", noise(1))
-	gate.on.Store(true)
-	p, _ := w.begin(token, "x")
-	for _, chunk := range [][]byte{noise(1), noise(2)} {
-		if resp := p.ask(opPut, raw(chunk)); resp == nil || resp[8] != statusOK || len(resp) != wire.HeadLen+receiptLen {
-			t.Errorf("%.100q", resp)
+	for i, chunk := range [][]byte{noise(1), noise(2)} {
+		p, _ := w.begin(token, fmt.Sprint("vm", i))
+		gate.next.Store(true)
+		resp := p.ask(opPut, raw(chunk))
+		if resp == nil || resp[8] != statusOK || len(resp) != wire.HeadLen+receiptLen {
+			t.Fatalf("%.100q", resp)
+		}
+		<-gate.waiting
+		p.ok(opMap, mapOf(0, chunkSize))
+		p.ok(opWrite, entry(0, w.id(chunk), resp[wire.HeadLen:]))
+		root := bytes.Clone(p.ok(opFinish, nil))
+		p.n++
+		p.conn.Write(frame(p.n, opCommit, describe(chunkSize, root)))
+		time.Sleep(100 * time.Millisecond)
+		if n := len(w.points()); n != 1+i {
+			t.Errorf("chunk %d: there are %d points before it is stored", i, n)
+		}
+		gate.pass <- struct{}{}
+		if resp := p.answer(); resp == nil || resp[8] != statusOK {
+			t.Errorf("commit: %.100q", resp)
+		}
+		s, err := w.repo.Latest(t.Context(), fmt.Sprint("vm", i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.New != int64(i)*chunkSize {
+			t.Errorf("chunk %d: %d bytes are new", i, s.New)
 		}
 	}
-	// The write of the second is still held up.
-	select {
-	case <-gate.waiting:
-	case <-time.After(20 * time.Second):
-		t.Error("nothing is written")
-	}
-	close(gate.pass)
 }
 
-// gated is a bucket whose new packs wait.
+// gated is a bucket with an index of which one look-up waits.
 type gated struct {
 	*bucket.Memory
-	on      atomic.Bool
-	waiting chan struct{} // receives when one begins to
-	pass    chan struct{}
+	next    atomic.Bool   // it is the next one
+	waiting chan struct{} // receives when it has begun
+	pass    chan struct{} // lets it go on
 }
 
-func (g *gated) Create(ctx context.Context, name string) (bucket.Writer, error) {
-	if g.on.Load() && strings.HasPrefix(name, "packs/") {
-		g.waiting <- struct{}{}
-		<-g.pass
+type gatedIndex struct {
+	store.Index
+	gate *gated
+}
+
+func (g *gated) index(ctx context.Context, repo [16]byte, check store.IndexCheck) (store.Index, error) {
+	x, err := store.MemoryIndex()(ctx, repo, check)
+	return gatedIndex{x, g}, err
+}
+
+func (x gatedIndex) Lookup(ctx context.Context, ids []store.ID, locs []store.Loc) error {
+	if x.gate.next.Swap(false) {
+		x.gate.waiting <- struct{}{}
+		<-x.gate.pass
 	}
-	return g.Memory.Create(ctx, name)
+	return x.Index.Lookup(ctx, ids, locs)
 }
 
 // allocated is the memory that fn allocates, bytes, all goroutines together.

@@ -83,7 +83,11 @@ func newWorld(t testing.TB, opt ServerOptions, b bucket.Bucket, tweak ...func(*S
 
 func (w *world) open() *store.Repo {
 	w.t.Helper()
-	r, err := store.Open(w.t.Context(), w.bucket, store.MemoryIndex(), store.OpenOptions{Leases: w.leases, Passphrase: func() ([]byte, error) { return []byte("secret"), nil }})
+	open := store.MemoryIndex()
+	if g, ok := w.bucket.(*gated); ok {
+		open = g.index
+	}
+	r, err := store.Open(w.t.Context(), w.bucket, open, store.OpenOptions{Leases: w.leases, Passphrase: func() ([]byte, error) { return []byte("secret"), nil }})
 	if err != nil {
 		w.t.Fatal(err)
 	}
