@@ -33,7 +33,7 @@ var (
 const (
 	dialTimeout = 15 * time.Second
 	maxAnswer   = 8 << 20 // bytes of a response: what was in a commit, as JSON may spell it, or maxIDs of 49 each
-	maxPuts     = 8       // on their way at once, so that the way may be long
+	maxPuts     = 24      // on their way at once, so that the way may be long
 )
 
 // Client adds points to the repository behind a server.

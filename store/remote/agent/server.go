@@ -38,8 +38,8 @@ type ServerOptions struct {
 	Now func() time.Time
 }
 
-// Server adds the points of helpers to a repository, which must be open for writing by
-// nobody else in this process (see store.Repo.Recheck).
+// Server adds the points of helpers to a repository. The Repo must not be used for a GC
+// meanwhile (see store.Repo.Recheck); other processes may do what they like.
 type Server struct {
 	repo *store.Repo
 	opt  ServerOptions
@@ -87,26 +87,28 @@ func NewServer(repo *store.Repo, opt ServerOptions) (*Server, error) {
 	return s, nil
 }
 
-// Serve takes connections until Close, which makes it return nil, or until ln fails.
+// Serve takes connections until Close, which makes it return nil, or until ln is closed.
 func (s *Server) Serve(ln net.Listener) error {
 	defer context.AfterFunc(s.ctx, func() { ln.Close() })()
 	go s.watch()
 	for {
 		c, err := ln.Accept()
-		if s.ctx.Err() != nil {
-			return nil
-		}
-		if err != nil {
-			// Such as too many open files: what is open goes on.
-			if ne, ok := errors.AsType[net.Error](err); ok && !errors.Is(err, net.ErrClosed) && ne != nil {
-				s.opt.Warn(fmt.Sprintf("accept: %v", err))
-				select {
-				case <-s.ctx.Done():
-				case <-time.After(time.Second):
-				}
-				continue
+		switch {
+		case s.ctx.Err() != nil:
+			if err == nil {
+				c.Close()
 			}
+			return nil
+		case errors.Is(err, net.ErrClosed):
 			return err
+		}
+		if err != nil { // such as too many open files: what is open goes on
+			s.opt.Warn(fmt.Sprintf("accept: %v", err))
+			select {
+			case <-s.ctx.Done():
+			case <-time.After(time.Second):
+			}
+			continue
 		}
 		select {
 		case s.unproven <- struct{}{}:
