@@ -369,6 +369,38 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// TestSilence: a peer that is gone without a word holds its leases for a while, one that pings
+// for as long as it does.
+func TestSilence(t *testing.T) {
+	w := newWorld(t, ServerOptions{}, nil, func(s *Server) { s.silence = 400 * time.Millisecond })
+	token, _ := w.token(store.AgentInfo{})
+	w.add(token, "vm", noise(1))
+	dead, _ := w.begin(token, "vm")
+	alive, _ := w.begin(token, "vm")
+	for range 10 {
+		time.Sleep(100 * time.Millisecond)
+		alive.ok(opPing, nil)
+	}
+	if resp := dead.answer(); resp != nil {
+		t.Errorf("%q", resp)
+	}
+	until := time.Now().Add(10 * time.Second)
+	for {
+		live, err := w.leases.Live(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(live) == 2 { // a writer and a reader
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("%d leases", len(live))
+		}
+		alive.ok(opPing, nil)
+	}
+	alive.ok(opMap, mapOf(0, 0))
+}
+
 // TestDescriptions: what a point cannot be.
 func TestDescriptions(t *testing.T) {
 	w := newWorld(t, ServerOptions{}, nil)

@@ -33,7 +33,7 @@ var (
 const (
 	dialTimeout = 15 * time.Second
 	maxAnswer   = 8 << 20 // bytes of a response: what was in a commit, as JSON may spell it, or maxIDs of 49 each
-	maxPuts     = 8       // on their way at once, so that the way may be long
+	maxPuts     = 24      // on their way at once, so that the way may be long
 )
 
 // Client adds points to the repository behind a server.
@@ -86,7 +86,7 @@ func (c Client) connect(ctx context.Context) (*Session, error) {
 	if err != nil {
 		return nil, unreachable(ctx, c.Addr, err)
 	}
-	peer := newPeerConn(raw)
+	peer := newPeerConn(raw, silence)
 	conn := tls.Client(peer, clientTLS(c.Token.Pin))
 	s := newSession(conn)
 	defer context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })()

@@ -43,8 +43,9 @@
 //   - Chunk size, id, and chunk id key of the repository. With that key and a copy of the
 //     repository's packs or index somebody can test whether a chunk that he knows is stored; without such a copy
 //     it is good for nothing.
-//   - By the time that many chunks take, by that of a commit, or by an error while the repository's
-//     disk is full, roughly whether what it has sent was new. A single chunk is answered before that is known.
+//   - By the time that many chunks, the end of a map, or a commit take, or by an error while the
+//     repository's disk is full, roughly whether what it has sent was new: so whether somebody has stored the same,
+//     if it has all of it. A single chunk is answered before that is known.
 //   - Without patterns, by the refusal, that a VM of some name has points of others. The same for a VM that is named by a
 //     pattern is never told.
 //   - It can fill the disk, as far as the server lets backups (64 MiB stay free), hold chunks back

@@ -224,21 +224,22 @@ func clientTLS(pin [sha256.Size]byte) *tls.Config {
 // peerConn bounds what is read from a peer: at first the bytes, then how long it may be silent.
 type peerConn struct {
 	net.Conn
-	left   atomic.Int64 // bytes that may still be read
-	proven atomic.Bool  // no bound, but each read and write has silence for its time
+	silence time.Duration
+	left    atomic.Int64 // bytes that may still be read
+	proven  atomic.Bool  // no bound, but each read and write has silence for its time
 }
 
 var errTooMuch = errors.New("too much before a token was shown")
 
-func newPeerConn(c net.Conn) *peerConn {
-	p := &peerConn{Conn: c}
+func newPeerConn(c net.Conn, silence time.Duration) *peerConn {
+	p := &peerConn{Conn: c, silence: silence}
 	p.left.Store(beforeHello)
 	return p
 }
 
 func (p *peerConn) Read(b []byte) (int, error) {
 	if p.proven.Load() {
-		if err := p.SetReadDeadline(time.Now().Add(silence)); err != nil {
+		if err := p.SetReadDeadline(time.Now().Add(p.silence)); err != nil {
 			return 0, err
 		}
 		return p.Conn.Read(b)
@@ -254,7 +255,7 @@ func (p *peerConn) Read(b []byte) (int, error) {
 
 func (p *peerConn) Write(b []byte) (int, error) {
 	if p.proven.Load() {
-		if err := p.SetWriteDeadline(time.Now().Add(silence)); err != nil {
+		if err := p.SetWriteDeadline(time.Now().Add(p.silence)); err != nil {
 			return 0, err
 		}
 	}

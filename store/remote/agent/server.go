@@ -38,14 +38,14 @@ type ServerOptions struct {
 	Now func() time.Time
 }
 
-// Server adds the points of helpers to a repository, which must be open for writing by
-// nobody else in this process (see store.Repo.Recheck).
+// Server adds the points of helpers to a repository. The Repo must not be used for a GC
+// meanwhile (see store.Repo.Recheck); other processes may do what they like.
 type Server struct {
 	repo *store.Repo
 	opt  ServerOptions
 	tls  *tls.Config
 	// Constants but for tests.
-	handshake, checkEvery time.Duration
+	handshake, checkEvery, silence time.Duration
 
 	ctx  context.Context // of all sessions
 	stop context.CancelFunc
@@ -80,33 +80,35 @@ func NewServer(repo *store.Repo, opt ServerOptions) (*Server, error) {
 		return nil, fmt.Errorf("agent server: %w", err)
 	}
 	s := &Server{
-		repo: repo, opt: opt, tls: conf, unproven: make(chan struct{}, maxUnproven), handshake: handshake, checkEvery: checkEvery,
+		repo: repo, opt: opt, tls: conf, unproven: make(chan struct{}, maxUnproven), handshake: handshake, checkEvery: checkEvery, silence: silence,
 		conns: map[net.Conn]bool{}, sessions: map[*session]bool{}, inUse: map[string]int{}, makers: map[store.PointID]pointMaker{},
 	}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	return s, nil
 }
 
-// Serve takes connections until Close, which makes it return nil, or until ln fails.
+// Serve takes connections until Close, which makes it return nil, or until ln is closed.
 func (s *Server) Serve(ln net.Listener) error {
 	defer context.AfterFunc(s.ctx, func() { ln.Close() })()
 	go s.watch()
 	for {
 		c, err := ln.Accept()
-		if s.ctx.Err() != nil {
-			return nil
-		}
-		if err != nil {
-			// Such as too many open files: what is open goes on.
-			if ne, ok := errors.AsType[net.Error](err); ok && !errors.Is(err, net.ErrClosed) && ne != nil {
-				s.opt.Warn(fmt.Sprintf("accept: %v", err))
-				select {
-				case <-s.ctx.Done():
-				case <-time.After(time.Second):
-				}
-				continue
+		switch {
+		case s.ctx.Err() != nil:
+			if err == nil {
+				c.Close()
 			}
+			return nil
+		case errors.Is(err, net.ErrClosed):
 			return err
+		}
+		if err != nil { // such as too many open files: what is open goes on
+			s.opt.Warn(fmt.Sprintf("accept: %v", err))
+			select {
+			case <-s.ctx.Done():
+			case <-time.After(time.Second):
+			}
+			continue
 		}
 		select {
 		case s.unproven <- struct{}{}:
@@ -192,7 +194,7 @@ func (s *Server) watch() {
 
 // connection has one peer, from its first byte to its last.
 func (s *Server) connection(raw net.Conn) {
-	peer := newPeerConn(raw)
+	peer := newPeerConn(raw, s.silence)
 	raw.SetDeadline(time.Now().Add(s.handshake))
 	conn := tls.Server(peer, s.tls)
 	in := bufio.NewReaderSize(conn, 4<<10)
