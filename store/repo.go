@@ -1,13 +1,11 @@
 package store
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"runtime"
 	"slices"
 	"strings"
@@ -138,6 +136,8 @@ type Repo struct {
 
 	prepareMu sync.Mutex // guards following, and cfgState once the Repo is open
 	prepared  bool       // index compared with the bucket for writing
+
+	verifyMu sync.Mutex // held while verify/state is changed
 
 	pointsMu sync.Mutex         // guards following
 	points   *listing           // nil before the first use
@@ -375,6 +375,10 @@ func (r *Repo) Whole(ctx context.Context) (bool, error) { return r.index.Whole(c
 // reconcilePacks makes the registry of x that of the packs that are there. stale says
 // that there was a collection that x has not heard of.
 func (r *Repo) reconcilePacks(ctx context.Context, x Index, stale bool) error {
+	state, _, err := r.loadVerifyState(ctx)
+	if err != nil {
+		return err
+	}
 	known := map[PackID]NumberedPack{}
 	for p, err := range x.Packs(ctx) {
 		if err != nil {
@@ -401,7 +405,7 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index, stale bool) error {
 		}
 		delete(known, id)
 	}
-	if err := r.addPacks(ctx, x, news); err != nil {
+	if err := r.addPacks(ctx, x, news, state); err != nil {
 		return err
 	}
 	for _, p := range known {
@@ -419,11 +423,54 @@ func (r *Repo) reconcilePacks(ctx context.Context, x Index, stale bool) error {
 			return err
 		}
 	}
+	return r.suspectKnown(ctx, x, state)
+}
+
+// suspectKnown marks in x what is remembered as damaged: x may be from before it was found.
+func (r *Repo) suspectKnown(ctx context.Context, x Index, s *verifyState) error {
+	if len(s.Damage) == 0 {
+		return nil
+	}
+	packs := map[PackID]uint32{}
+	for p, err := range x.Packs(ctx) {
+		if err != nil {
+			return err
+		}
+		packs[p.ID] = p.Number
+	}
+	for part := range slices.Chunk(s.Damage, lookupBatch) {
+		ids, locs := make([]ID, len(part)), make([]Loc, len(part))
+		for i := range part {
+			ids[i] = part[i].ID
+		}
+		if err := x.Lookup(ctx, ids, locs); err != nil {
+			return err
+		}
+		var hit []ID
+		for i := range part {
+			if locs[i].Sound() && part[i].hits(locs[i], packs) {
+				hit = append(hit, ids[i])
+			}
+		}
+		if len(hit) == 0 {
+			continue
+		}
+		if err := x.Suspect(ctx, hit); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
-// addPacks reads the tables of packs into x.
-func (r *Repo) addPacks(ctx context.Context, x Index, packs []PackInfo) error {
+// addPacks reads the tables of packs into x. Of what s knows to be damaged no record takes
+// the place of a whole one.
+func (r *Repo) addPacks(ctx context.Context, x Index, packs []PackInfo, s *verifyState) error {
+	bad := map[PackID][]damageRecord{}
+	for _, d := range s.Damage {
+		if d.Pack != (PackID{}) {
+			bad[d.Pack] = append(bad[d.Pack], d)
+		}
+	}
 	var done, total int64 // bytes of packs
 	for _, p := range packs {
 		total += p.Size
@@ -433,8 +480,13 @@ func (r *Repo) addPacks(ctx context.Context, x Index, packs []PackInfo) error {
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	for _, p := range packs {
 		g.Go(func() error {
-			recs, err := r.packTable(ctx, p.ID)
+			recs, whole, err := r.packTable(ctx, p.ID)
+			if err == nil && !whole {
+				// Of no chunk that is known, but the index is not whole with this pack.
+				err = x.Suspect(ctx, []ID{{}})
+			}
 			if err == nil {
+				markSuspect(recs, bad[p.ID])
 				err = x.AddPack(ctx, p, recs)
 			}
 			if err != nil && !errors.Is(err, ErrNotExist) { // collected meanwhile
@@ -450,37 +502,46 @@ func (r *Repo) addPacks(ctx context.Context, x Index, packs []PackInfo) error {
 	return g.Wait()
 }
 
+// markSuspect marks those of recs, of one pack, that bad says were found damaged.
+func markSuspect(recs []PackRecord, bad []damageRecord) {
+	if len(bad) == 0 {
+		return
+	}
+	at := make(map[ID][]uint32, len(bad)) // id => offsets
+	for _, d := range bad {
+		at[d.ID] = append(at[d.ID], d.Off)
+	}
+	for i := range recs {
+		for _, off := range at[recs[i].ID] {
+			if off == 0 || off == recs[i].Off {
+				recs[i].Kind |= KindSuspect
+			}
+		}
+	}
+}
+
 // packTable gives the records of a pack: from its footer, or, when that is
-// damaged, from the records themselves. Those are proved one by one: in a pack under
+// damaged, from the records themselves; then it is not whole. Those are proved one by one: in a pack under
 // a wrong name none can be read, and they must not hide the good ones elsewhere.
-func (r *Repo) packTable(ctx context.Context, id PackID) ([]PackRecord, error) {
+func (r *Repo) packTable(ctx context.Context, id PackID) (recs []PackRecord, whole bool, err error) {
 	o, err := r.bucket.Open(ctx, packName(id))
 	if err != nil {
-		return nil, fmt.Errorf("pack %s: %w", id, err)
+		return nil, false, fmt.Errorf("pack %s: %w", id, err)
 	}
 	defer o.Close()
-	recs, err := readFooter(o, o.Size(), r.id, id, r.keys.sealed)
+	recs, err = readFooter(o, o.Size(), r.id, id, r.keys.sealed)
 	if err == nil {
-		return recs, nil
+		return recs, true, nil
 	}
 	if errors.Is(err, ErrNewerFormat) {
-		return nil, fmt.Errorf("pack %s: %w", id, err)
+		return nil, false, fmt.Errorf("pack %s: %w", id, err)
 	}
 	r.warn(fmt.Sprintf("pack %s: %v; its records are read one by one", id, err))
-	recs = nil
-	b := r.keys.box(ctxPack, id[:])
-	dst := make([]byte, max(r.cfg.ChunkSize, maxPageLen))
-	_, err = scanRecords(o, o.Size(), func(off int64, h recordHeader, raw []byte) error {
-		if _, err := r.openRecord(bytes.Clone(raw), h.id, h.kind, b, dst, true); err != nil {
-			return ctx.Err()
-		}
-		recs = append(recs, PackRecord{ID: h.id, Off: uint32(off), Len: h.len, Plain: h.plain, Kind: h.kind})
-		return ctx.Err()
-	})
-	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return nil, fmt.Errorf("pack %s: %w", id, err)
+	s, err := r.salvage(ctx, o, id)
+	if err != nil {
+		return nil, false, fmt.Errorf("pack %s: %w", id, err)
 	}
-	return recs, nil
+	return s.recs, false, nil
 }
 
 // reconcilePoints reports whether there were points that x did not have.

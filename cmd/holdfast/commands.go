@@ -112,14 +112,12 @@ func commands() []command {
 			min: 1, max: 1, completes: files, run: runUmount,
 		},
 		{
-			name: "verify", usage: "[POINT...] [--read-data]",
+			name: "verify", usage: "[POINT...] [--read-data [--resume] | --read-data-subset 5%] [--limit-rate 50M]",
 			short: "look for damage",
-			long:  "Without POINT, all of the repository. Damage ends with exit code 4.",
+			long:  verifyHelp,
 			max:   -1,
-			flags: []cli.Flag{
-				&cli.BoolFlag{DisableDefaultText: true, Name: "read-data", Usage: "read and check every byte, not only that it is there"},
-			},
-			needs: needRepository, run: runVerify,
+			flags: verifyFlags(),
+			needs: needRepository, check: checkVerify, run: runVerify,
 		},
 		{
 			name: "forget",
