@@ -243,6 +243,10 @@
 //	all that the manifests, read after that, and the leases of readers, read after the
 //	manifests, lead to in it has been written to other packs.
 //
+// A damaged pack is condemned and removed in the same way, beside no gc, when every record of it that
+// proves right has been written to other packs; then no lease is waited for, since nobody loses anything by it. A
+// pack that may hold more than could be read stays, and is no longer condemned.
+//
 // Whoever adds a manifest has had a lease (see Leases) since before it looked up the first
 // chunk, and, to share pages or chunks with an older point without looking them up, a lease of a
 // reader on that point since before it saw that the point's manifest is still there.

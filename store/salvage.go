@@ -7,8 +7,8 @@ import (
 	"io"
 )
 
-// unreadableStep is what is given up at once where a pack cannot be read: a block of most disks. bytes
-const unreadableStep = 4096
+// unreadableStep is what is given up at once where a pack cannot be read: a sector. bytes
+const unreadableStep = 512
 
 // patchedReader reads a pack around the places that the medium refuses: those are zeros, which
 // are no part of any record that proves right. Not safe for concurrent use.

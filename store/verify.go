@@ -76,12 +76,13 @@ type verifier struct {
 	began time.Time
 	pace  pacer
 
-	state    verifyState          // when it began
-	packID   map[uint32]PackID    // number => pack, for those that were there when it began
-	deep     func(PackID) bool    // which packs are gone through record by record; nil: none
-	broken   map[uint32]*salvaged // packs with a damaged table, and those of deep; nil: there is nothing left of it
-	index    uint64               // incarnation that numbers of packs are of
-	complete bool                 // the records of all packs were read by this run
+	state    verifyState                             // when it began
+	packID   map[uint32]PackID                       // number => pack, for those that were there when it began
+	deep     func(PackID) bool                       // which packs are gone through record by record; nil: none
+	spare    func(context.Context, ID) (bool, error) // pages that are kept elsewhere: no damage; nil: none
+	broken   map[uint32]*salvaged                    // packs with a damaged table, and those of deep; nil: there is nothing left of it
+	index    uint64                                  // incarnation that numbers of packs are of
+	complete bool                                    // the records of all packs were read by this run
 
 	saving sync.Mutex // guards following
 	mute   bool       // nothing can be remembered, which was said
@@ -93,12 +94,14 @@ type verifier struct {
 	kinds  map[ID]uint8
 	pages  map[ID]bool     // pages seen => something below is damaged
 	read   map[PackID]bool // packs of which every record was checked
-	right  map[ID]Loc      // remembered chunks of points that turned out to be right
-	walked map[PointID]bool
-	hits   []touch
-	pass   *verifyPass // how far it has come; nil: nothing is read
-	saved  time.Time   // when that was written down last
-	since  int64       // bytes read since then
+	// scanned are packs without a table: what they lack is known when the points were looked at.
+	scanned map[PackID]bool
+	right   map[ID]Loc // remembered chunks of points that turned out to be right
+	walked  map[PointID]bool
+	hits    []touch
+	pass    *verifyPass // how far it has come; nil: nothing is read
+	saved   time.Time   // when that was written down last
+	since   int64       // bytes read since then
 }
 
 // badRecord is a damaged chunk or page.
@@ -137,7 +140,7 @@ func newVerifier(r *Repo, opt VerifyOptions) *verifier {
 	return &verifier{
 		repo: r, opt: opt, began: opt.Now().UTC().Truncate(time.Second), pace: pacer{rate: opt.Rate},
 		packID: map[uint32]PackID{}, broken: map[uint32]*salvaged{},
-		bad: map[ID][]badRecord{}, named: map[ID]bool{}, kinds: map[ID]uint8{}, pages: map[ID]bool{}, read: map[PackID]bool{},
+		bad: map[ID][]badRecord{}, named: map[ID]bool{}, kinds: map[ID]uint8{}, pages: map[ID]bool{}, read: map[PackID]bool{}, scanned: map[PackID]bool{},
 		right: map[ID]Loc{}, walked: map[PointID]bool{},
 	}
 }
@@ -198,6 +201,9 @@ func (v *verifier) look(ctx context.Context) error {
 		if err := v.point(ctx, p); err != nil {
 			return err
 		}
+	}
+	if len(v.bad) > 0 || len(v.broken) > 0 {
+		return v.repo.sameIndex(ctx, v.index) // by whose numbers damage is known
 	}
 	return nil
 }
@@ -261,11 +267,13 @@ func (v *verifier) remember(ctx context.Context, all bool) error {
 	if err != nil {
 		return err
 	}
-	if now, err := v.repo.index.Incarnation(ctx); err != nil || now != v.index {
-		if err == nil && len(found) > 0 {
-			v.repo.warn("the index was made anew meanwhile: what was found is not remembered, so verify again")
+	if len(found) == 0 && v.pass == nil && len(v.state.Damage) == 0 && len(v.state.Touched) == 0 {
+		return nil
+	}
+	if len(found) > 0 {
+		if err := v.repo.sameIndex(ctx, v.index); err != nil {
+			return err
 		}
-		return err
 	}
 	if !v.mute {
 		err = v.repo.changeVerifyState(ctx, func(s *verifyState) error {
@@ -354,7 +362,7 @@ func (v *verifier) merge(s *verifyState, found []damageRecord, all bool) {
 		case right && v.packID[loc.Pack] == d.Pack:
 			return true
 		}
-		return v.read[d.Pack]
+		return v.read[d.Pack] || all && v.scanned[d.Pack]
 	})
 	s.Damage = append(s.Damage, found...)
 	if all {

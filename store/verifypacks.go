@@ -189,6 +189,9 @@ func (v *verifier) pack(ctx context.Context, p NumberedPack, read bool) error {
 		v.found(&DamageError{What: what, Err: fmt.Errorf("%d bytes instead of %d", o.Size(), p.Size)})
 	}
 	recs, err := readFooter(o, o.Size(), r.id, p.ID, r.keys.sealed)
+	if errors.Is(err, ErrNewerFormat) {
+		return fmt.Errorf("store: %s: %w", what, err)
+	}
 	if err != nil {
 		v.found(&DamageError{What: what, Err: err})
 		return v.salvage(ctx, p, o, nil)
@@ -268,6 +271,11 @@ func (v *verifier) salvage(ctx context.Context, p NumberedPack, o bucket.Object,
 	}
 	s.table, s.named = table, table != nil
 	v.setBroken(p, s)
+	for _, rec := range table {
+		if !s.has(rec.ID) {
+			v.addBad(rec.ID, rec.Kind, badRecord{pack: p.Number, off: rec.Off, err: fmt.Errorf("in pack %s at %d: nothing that proves right", p.ID, rec.Off)})
+		}
+	}
 	return nil
 }
 
@@ -276,6 +284,10 @@ func (v *verifier) setBroken(p NumberedPack, s *salvaged) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.dropKnown(p.Number)
-	v.read[p.ID] = true
 	v.broken[p.Number] = s
+	if s != nil && s.named {
+		v.read[p.ID] = true
+	} else {
+		v.scanned[p.ID] = true
+	}
 }

@@ -113,6 +113,9 @@ func (v *verifier) point(ctx context.Context, p *Point) error {
 			if gone, err := v.forgotten(ctx, p.ID); gone || err != nil {
 				return err
 			}
+			if err := v.repo.sameIndex(ctx, v.index); err != nil {
+				return err
+			}
 			t := touch{Point: p.ID, Disk: m.name, Found: v.began}
 			if err := v.places(ctx, img, m.root.Page, img.top, 0, &t); err != nil {
 				return err
@@ -317,6 +320,11 @@ func (v *verifier) place(ctx context.Context, m *Image, id ID, kind uint8, at in
 	case len(t.Places) >= maxFindingsPerDisk:
 		t.More = true
 		return nil
+	}
+	if v.spare != nil && kind == KindPage {
+		if ok, err := v.spare(ctx, id); ok || err != nil {
+			return err
+		}
 	}
 	d := &DamageError{What: recordWhat(id, kind), Err: b.err}
 	var inner *DamageError

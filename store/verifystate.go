@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/store/bucket"
@@ -196,7 +197,7 @@ func (r *Repo) loadVerifyState(ctx context.Context) (s *verifyState, usable bool
 		s, err = decodeVerifyState(raw, r.id, r.keys)
 	}
 	switch {
-	case errors.Is(err, ErrDamaged):
+	case errors.Is(err, ErrDamaged), errors.Is(err, syscall.EIO):
 		r.warn(fmt.Sprintf("%v; what verifications have found is forgotten, so verify again", err))
 		return &verifyState{}, true, nil
 	case errors.Is(err, ErrNewerFormat):
