@@ -142,9 +142,11 @@ func commands() []command {
 			check: func(c *call) error { _, err := share(c.String("repack-below")); return err },
 		},
 		{
-			name: "repair", usage: "index", short: "make the index anew",
-			long: "index  where chunks lie and which points there are, out of packs and manifests alone",
-			min:  1, max: 1, completes: words{list: repairActions()},
+			name: "repair", usage: "index | packs [--dry-run] [--drop-unreadable] | --from REPO [--from-password-file FILE]",
+			short: "make the index anew, save what damaged packs hold, or heal from a copy",
+			long:  repairHelp,
+			max:   1, completes: words{list: repairActions()},
+			flags: repairFlags(),
 			needs: needRepository, check: checkRepair, run: runRepair,
 		},
 		{
