@@ -120,6 +120,32 @@ func TestHeal(t *testing.T) {
 	}
 }
 
+// TestHealLeaf: one page in the middle of a map, and what it says is lost with it.
+func TestHealLeaf(t *testing.T) {
+	t.Cleanup(store.CheapKeys())
+	letters := strings.Repeat("abcdefghij", 30)
+	g := newGCRepo(t)
+	r := g.open(g.mem)
+	a := g.backup(r, letters)
+	o := g.other(1 << 20)
+	from := o.open(o.mem)
+	copyAll(t, r, from)
+	pack, loc, err := r.PagePlace(t.Context(), a, "disk0", 256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flipByte(t, g.mem, pack, int64(loc.Off)+70)
+	r = g.open(g.mem)
+	if _, found := g.verify(r, store.VerifyOptions{ReadData: true}); len(found) != 1 || found[0].Off != 256*mosaicChunk {
+		t.Fatalf("%v", found)
+	}
+	g.wantHit(r, []*store.Point{a}, "1 map page of disk0 at 16777216")
+	if rep, left := heal(t, r, from); rep.Pages != 1 || rep.Chunks != 0 || rep.Left != 0 {
+		t.Errorf("%+v, %q", rep, left)
+	}
+	g.whole(g.open(g.mem), a, letters)
+}
+
 // TestHealFromOtherPoints: no copy is needed, the bytes are; and wrong bytes heal nothing.
 func TestHealFromOtherPoints(t *testing.T) {
 	t.Cleanup(store.CheapKeys())

@@ -248,3 +248,59 @@ func TestRepairPacksBesideOthers(t *testing.T) {
 	}
 	end()
 }
+
+// TestRepairPacksTwoCopies: of two copies of a chunk, in two damaged packs, the index names the one
+// that is lost, and only a backup at work needs it.
+func TestRepairPacksTwoCopies(t *testing.T) {
+	t.Cleanup(store.CheapKeys())
+	g := newGCRepo(t)
+	r := g.open(g.mem)
+	a := g.backup(r, "abc")
+	first, _ := g.recordOf(r, a, 0)
+	undo := g.damage(r, a, 0)
+	g.verify(r, store.VerifyOptions{ReadData: true})
+	undo()
+	b := g.backup(r, "a") // stores it again
+	second, off := g.recordOf(r, b, 0)
+	if first == second {
+		t.Fatal("there is one copy")
+	}
+	d, err := r.NewDraft(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	w, err := d.Writer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	ids := make([]store.ID, 1)
+	if wrote, err := w.Write(t.Context(), lettered("a"), make([]store.ID, 1), ids); err != nil || wrote.New > 0 {
+		t.Fatal(wrote, err)
+	}
+	g.drop(r, a)
+	g.drop(r, b)
+	g.change(first, func(b []byte) []byte { clear(b[:80]); return b })
+	g.change(second, func(b []byte) []byte { clear(b[off : off+70]); clear(b[len(b)-64:]); return b })
+	if rep, found := g.repair(r, store.RepairPacksOptions{}); rep.Removed != 2 {
+		t.Fatalf("%+v, %v", rep, found)
+	}
+	m, err := d.Map(t.Context(), store.Root{}, mosaicChunk)
+	if err == nil {
+		err = m.Set(t.Context(), 0, ids[0])
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := m.Finish(t.Context(), mosaicChunk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &store.Point{VM: store.VM{Name: "vm"}, Time: time.Unix(2e9, 0), Disks: []store.Disk{{Name: "disk0", Size: root.Size, Root: root.Page[:]}}}
+	if err := d.Commit(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	g.whole(r, p, "a")
+	g.whole(g.open(g.mem), p, "a")
+}

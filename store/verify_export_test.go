@@ -48,3 +48,25 @@ func NewerVerifyState(b []byte) ([]byte, error) {
 	binary.LittleEndian.PutUint32(b[8:], verifyVersion+1)
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli)), nil
 }
+
+// PagePlace gives the pack and the place of the page of level 0 that has chunk n.
+func (r *Repo) PagePlace(ctx context.Context, p *Point, disk string, n int64) (pack string, loc Loc, err error) {
+	img, err := r.OpenDisk(p, disk)
+	if err != nil {
+		return "", loc, err
+	}
+	id := img.root.Page
+	for level := img.top; level > 0; level-- {
+		l, err := img.page(ctx, id, level)
+		if err != nil {
+			return "", loc, err
+		}
+		id = l.ids[(n/span(level))%PageEntries]
+	}
+	var locs [1]Loc
+	if err := r.index.Lookup(ctx, []ID{id}, locs[:]); err != nil {
+		return "", loc, err
+	}
+	info, err := r.index.Pack(ctx, locs[0].Pack)
+	return packName(info.ID), locs[0], err
+}
