@@ -140,6 +140,17 @@ func TestHealLeaf(t *testing.T) {
 		t.Fatalf("%v", found)
 	}
 	g.wantHit(r, []*store.Point{a}, "1 map page of disk0 at 16777216")
+	// A disk of that size with other bytes gives nothing, and nothing of it is stored.
+	wrong := g.other(128 << 10)
+	wr := wrong.open(wrong.mem)
+	wrong.backup(wr, strings.Repeat("zyxwvutsrq", 30))
+	n, size := g.packs()
+	if rep, left := heal(t, r, wr); rep.Pages != 0 || rep.Chunks != 0 || rep.Left != 1 {
+		t.Errorf("%+v, %q", rep, left)
+	}
+	if m, s := g.packs(); m != n || s != size {
+		t.Errorf("%d packs of %d bytes became %d of %d", n, size, m, s)
+	}
 	if rep, left := heal(t, r, from); rep.Pages != 1 || rep.Chunks != 0 || rep.Left != 0 {
 		t.Errorf("%+v, %q", rep, left)
 	}
