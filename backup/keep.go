@@ -46,12 +46,18 @@ type Decision struct {
 
 // Keep decides on each point, per VM, in time n log n. It has decisions by VM,
 // then from old to new, whatever the order of points. Besides what the policy keeps:
-//   - the newest good point of a VM. Good is a point with no known damage;
+//   - the newest good point of a VM, or, where none is good, the newest whose manifest can be
+//     read. Good is a point with no known damage;
 //   - a locked point;
-//   - a damaged point, since its time, tags and lock may be unknown. It takes no
+//   - a point with a damaged manifest, since its time, tags and lock may be unknown. It takes no
 //     place in any rule: a good one does instead;
 //   - a point whose time is after now. It takes no place either, or else the points of a
 //     day when the clock was wrong would push out all that are made after it.
+//
+// A point with damage on its disks (Hit) costs no good point its place: which good ones stay is
+// the same as if it were not there. Most of it may be readable, and it may be healed, so rules have
+// as many places again for such points: of a day without a good point, the newest damaged
+// one stays. Past what a rule keeps of the good ones, to the old side, it keeps no damaged one either.
 func Keep(points []store.Summary, p Policy, now time.Time) []Decision {
 	all := make([]Decision, len(points))
 	for i, s := range points {
@@ -77,24 +83,34 @@ func compare(a, b *store.Summary) int {
 }
 
 // good reports whether nothing is known against a point.
-func good(s *store.Summary) bool { return s.Damaged == "" }
+func good(s *store.Summary) bool { return s.Damaged == "" && len(s.Hit) == 0 }
 
-// NewestGood gives the newest good point of each VM, which is forgotten only when
-// somebody insists. Points after now are chosen only where there is no other.
+// NewestGood gives the newest good point of each VM, or, where none is good, the newest
+// that can be read in part: the one that is forgotten only when somebody insists. Points after now are chosen only
+// where there is no other.
 func NewestGood(points []store.Summary, now time.Time) map[string]store.Summary { // VM => point
 	newest := map[string]store.Summary{}
 	for i := range points {
 		s := &points[i]
-		if !good(s) {
+		if s.Damaged != "" {
 			continue
 		}
-		best, ok := newest[s.VM]
-		early, bestEarly := !s.Time.After(now), !best.Time.After(now)
-		if !ok || early && !bestEarly || early == bestEarly && compare(s, &best) > 0 {
+		if best, ok := newest[s.VM]; !ok || better(s, &best, now) {
 			newest[s.VM] = *s
 		}
 	}
 	return newest
+}
+
+// better reports whether a is rather to be kept than b, of the same VM.
+func better(a, b *store.Summary, now time.Time) bool {
+	if good(a) != good(b) {
+		return good(a)
+	}
+	if early, other := !a.Time.After(now), !b.Time.After(now); early != other {
+		return early
+	}
+	return compare(a, b) > 0
 }
 
 // decide decides on the points of one VM, which are from old to new.
@@ -103,47 +119,62 @@ func (p *Policy) decide(list []Decision, now time.Time) {
 	for i := range list {
 		points[i] = list[i].Point
 	}
-	newest, isGood := NewestGood(points, now)[points[0].VM]
+	newest, some := NewestGood(points, now)[points[0].VM]
 	rules := p.rules()
 	var since time.Time // of Within; zero until a point is seen
-	for i := range slices.Backward(list) {
-		d := &list[i]
-		s := &d.Point
-		why := func(format string, a ...any) { d.Reasons = append(d.Reasons, fmt.Sprintf(format, a...)) }
-		switch {
-		case !good(s):
-			why("damaged")
-		case s.Time.After(now):
-			why("its time is in the future")
-		case len(p.OnlyTags) > 0 && !slices.ContainsFunc(p.OnlyTags, hasTag(s)):
-			why("has none of the tags")
-		default:
-			for r := range rules {
-				if reason := rules[r].take(s.Time.In(p.zone())); reason != "" {
-					why("%s", reason)
+	// The good ones first: the others take what they leave.
+	for _, hit := range []bool{false, true} {
+		for i := range slices.Backward(list) {
+			d := &list[i]
+			s := &d.Point
+			if len(s.Hit) > 0 != hit {
+				continue
+			}
+			why := func(format string, a ...any) { d.Reasons = append(d.Reasons, fmt.Sprintf(format, a...)) }
+			switch {
+			case s.Damaged != "":
+				why("damaged")
+			case s.Time.After(now):
+				why("its time is in the future")
+			case len(p.OnlyTags) > 0 && !slices.ContainsFunc(p.OnlyTags, hasTag(s)):
+				why("has none of the tags")
+			default:
+				at := s.Time.In(p.zone())
+				for r := range rules {
+					take := rules[r].take
+					if hit {
+						take = rules[r].takeHit
+					}
+					if reason := take(at); reason != "" {
+						why("%s", reason)
+					}
+				}
+				if !p.Within.IsZero() {
+					if since.IsZero() {
+						since = p.Within.Before(at)
+					}
+					if !s.Time.Before(since) {
+						why("within %s", p.Within)
+					}
+				}
+				for _, t := range p.KeepTags {
+					if hasTag(s)(t) {
+						why("tag %s", t)
+					}
 				}
 			}
-			if !p.Within.IsZero() {
-				if since.IsZero() {
-					since = p.Within.Before(s.Time.In(p.zone()))
-				}
-				if !s.Time.Before(since) {
-					why("within %s", p.Within)
-				}
+			if s.LockedUntil.After(now) {
+				why("locked until %s", s.LockedUntil.UTC().Format(time.RFC3339))
 			}
-			for _, t := range p.KeepTags {
-				if hasTag(s)(t) {
-					why("tag %s", t)
-				}
+			switch {
+			case !some || s.ID != newest.ID:
+			case hit:
+				why("newest point of VM %s, none is good", s.VM)
+			default:
+				why("newest good point of VM %s", s.VM)
 			}
+			d.Keep = len(d.Reasons) > 0
 		}
-		if s.LockedUntil.After(now) {
-			why("locked until %s", s.LockedUntil.UTC().Format(time.RFC3339))
-		}
-		if isGood && s.ID == newest.ID {
-			why("newest good point of VM %s", s.VM)
-		}
-		d.Keep = len(d.Reasons) > 0
 	}
 }
 
@@ -158,7 +189,9 @@ type rule struct {
 	limit  int // buckets; negative: all
 	bucket func(t time.Time) [4]int
 	reason func(t time.Time, n int) string
-	taken  map[[4]int]bool
+	taken  map[[4]int]bool // by good points
+	oldest time.Time       // of those
+	hit    map[[4]int]bool // taken by damaged points
 }
 
 // rules are those of the policy that keep anything.
@@ -168,34 +201,34 @@ func (p *Policy) rules() []rule {
 		return func(t time.Time, _ int) string { return name + " " + t.Format(layout) }
 	}
 	all := []rule{
-		{p.Last, func(time.Time) [4]int {
+		{limit: p.Last, bucket: func(time.Time) [4]int {
 			seen++
 			return [4]int{seen} // each point has one of its own
-		}, func(_ time.Time, n int) string {
+		}, reason: func(_ time.Time, n int) string {
 			if p.Last < 0 {
 				return fmt.Sprintf("last #%d", n)
 			}
 			return fmt.Sprintf("last %d #%d", p.Last, n)
-		}, nil},
-		{p.Hourly, func(t time.Time) [4]int {
+		}},
+		{limit: p.Hourly, bucket: func(t time.Time) [4]int {
 			// The hour that a clock set back shows twice is two hours.
 			_, offset := t.Zone()
 			return [4]int{t.Year(), t.YearDay(), t.Hour(), offset}
-		}, named("hourly", "2006-01-02 15:00 MST"), nil},
-		{p.Daily, func(t time.Time) [4]int { return [4]int{t.Year(), t.YearDay()} }, named("daily", "2006-01-02"), nil},
-		{p.Weekly, func(t time.Time) [4]int {
+		}, reason: named("hourly", "2006-01-02 15:00 MST")},
+		{limit: p.Daily, bucket: func(t time.Time) [4]int { return [4]int{t.Year(), t.YearDay()} }, reason: named("daily", "2006-01-02")},
+		{limit: p.Weekly, bucket: func(t time.Time) [4]int {
 			year, week := t.ISOWeek()
 			return [4]int{year, week}
-		}, func(t time.Time, _ int) string {
+		}, reason: func(t time.Time, _ int) string {
 			year, week := t.ISOWeek()
 			return fmt.Sprintf("weekly %04d-W%02d", year, week)
-		}, nil},
-		{p.Monthly, func(t time.Time) [4]int { return [4]int{t.Year(), int(t.Month())} }, named("monthly", "2006-01"), nil},
-		{p.Yearly, func(t time.Time) [4]int { return [4]int{t.Year()} }, named("yearly", "2006"), nil},
+		}},
+		{limit: p.Monthly, bucket: func(t time.Time) [4]int { return [4]int{t.Year(), int(t.Month())} }, reason: named("monthly", "2006-01")},
+		{limit: p.Yearly, bucket: func(t time.Time) [4]int { return [4]int{t.Year()} }, reason: named("yearly", "2006")},
 	}
 	all = slices.DeleteFunc(all, func(r rule) bool { return r.limit == 0 })
 	for i := range all {
-		all[i].taken = map[[4]int]bool{}
+		all[i].taken, all[i].hit = map[[4]int]bool{}, map[[4]int]bool{}
 	}
 	return all
 }
@@ -211,6 +244,21 @@ func (r *rule) take(t time.Time) string {
 	if r.taken[b] {
 		return ""
 	}
-	r.taken[b] = true
+	r.taken[b], r.oldest = true, t
 	return r.reason(t, len(r.taken))
+}
+
+// takeHit is take for damaged points, once all good ones were asked for. They have places of
+// their own, where no good point is.
+func (r *rule) takeHit(t time.Time) string {
+	full := r.limit > 0 && len(r.taken) == r.limit
+	if full && t.Before(r.oldest) || r.limit > 0 && len(r.hit) == r.limit {
+		return ""
+	}
+	b := r.bucket(t)
+	if r.taken[b] || r.hit[b] {
+		return ""
+	}
+	r.hit[b] = true
+	return r.reason(t, len(r.hit)) + " of the damaged"
 }

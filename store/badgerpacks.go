@@ -82,22 +82,32 @@ func (x *badgerIndex) AddPack(ctx context.Context, pack PackInfo, recs []PackRec
 	recs = slices.Clone(recs)
 	slices.SortFunc(recs, func(a, b PackRecord) int { return cmp.Compare(a.Off, b.Off) })
 	var old []Loc
-	if condemned { // what is elsewhere too shall be read there
+	suspect := slices.ContainsFunc(recs, func(r PackRecord) bool { return r.Kind&KindSuspect != 0 })
+	if condemned || suspect { // what is elsewhere too shall be read there
 		if old, err = x.places(ctx, recs); err != nil {
 			return err
 		}
 	}
 	wb := x.db.NewWriteBatch()
 	defer wb.Cancel()
+	if suspect {
+		if err := wb.Delete([]byte{keyWhole}); err != nil {
+			return x.wrote(err)
+		}
+	}
 	// One allocation each for keys and values: the batch keeps them until Flush.
 	keys, vals := make([]byte, 0, 17*len(recs)), make([]byte, 0, locLen*len(recs))
 	for i, r := range recs {
 		if condemned && old[i].Reusable() {
 			continue
 		}
+		bad := r.Kind&KindSuspect != 0
+		if bad && old[i].Sound() {
+			continue
+		}
 		k := chunkKey(r.ID)
 		keys = append(keys, k[:]...)
-		vals = appendLoc(vals, Loc{Pack: n, Off: r.Off, Len: r.Len, Slot: uint32(i)})
+		vals = appendLoc(vals, Loc{Pack: n, Off: r.Off, Len: r.Len, Slot: uint32(i), Suspect: bad})
 		if err := wb.Set(keys[len(keys)-17:], vals[len(vals)-locLen:]); err != nil {
 			return x.wrote(err)
 		}

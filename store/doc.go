@@ -24,15 +24,16 @@
 //	packs/<64 hex>    chunks and pages
 //	points/<32 hex>   one manifest per restore point
 //	gc/state          which packs are about to be removed; no reader needs it
+//	verify/state      what is known to be damaged; no reader needs it
 //
 // and, in a local directory, what is not part of the format: index/ (Badger), tmp/
-// (objects being written), leases/ (who is at work), config.lock (see below), forget.lock
-// (held by a program that decides what to forget, and forgets it), reserve (room for what
-// makes room on a full disk), owner.lock and owner.sock (see store/remote).
+// (objects being written), leases/ (who is at work), config.lock and verify.lock (see below),
+// forget.lock (held by a program that decides what to forget, and forgets it), reserve (room for
+// what makes room on a full disk), owner.lock and owner.sock (see store/remote).
 //
 // An object is written under another name, synced, renamed, and its directory synced:
 // it is there whole or not at all. Objects are never changed, only added and removed; config
-// and its copy alone are replaced, each in one step. The order of a backup is: packs; index; manifest. The manifest's
+// and its copy, gc/state and verify/state alone are replaced, each in one step. The order of a backup is: packs; index; manifest. The manifest's
 // appearance is the commit; packs that no manifest leads to are harmless.
 //
 // # config
@@ -270,9 +271,50 @@
 //	all that the manifests, read after that, and the leases of readers, read after the
 //	manifests, lead to in it has been written to other packs.
 //
+// A damaged pack is condemned and removed in the same way, beside no gc, when every record of it that
+// proves right has been written to other packs; then no lease is waited for, since nobody loses anything by it. A
+// pack that may hold more than could be read stays, and is no longer condemned.
+//
 // Whoever adds a manifest has had a lease (see Leases) since before it looked up the first
 // chunk, and, to share pages or chunks with an older point without looking them up, a lease of a
 // reader on that point since before it saw that the point's manifest is still there.
+//
+// # verify/state
+//
+// What verifications leave for each other, for listings, and for an index that is made anew. All
+// of it can be found again by verifying; when it is lost or damaged that is all it takes.
+//
+//	 0   8  "HFVERIFY"
+//	 8   4  version, 1
+//	12   4  1 when the repository is encrypted, else 0
+//	16  16  id of the repository
+//	32  16  salt, random, another one each time
+//	48   8  length of the plaintext, without its tag
+//	56   …  the plaintext, sealed as that of a manifest is, but under the verify key
+//	        derive("holdfast repository v1 verify", M | salt), with these 56 bytes as associated data
+//	 …   4  CRC-32C of everything before
+//
+// Magic, version and CRC stay in every version: one that is whole and of a greater version is left as
+// it is, and not read. The plaintext is one zstd frame of a JSON object:
+//
+//	pass      the reading of all packs that is on its way, in the order of their ids; absent when none is:
+//	          "began", "after" (id of the last pack read; absent when none was), "packs" and "bytes_read"
+//	ended     when the last one that read all packs came to its end; may be absent
+//	damage    records that failed a check: "id", "kind" (as in packs), "pack" (its id; absent when the chunk is
+//	          nowhere), "offset" (in the pack; absent: wherever it is), "error" (text) and "found" (when)
+//	unlisted  how many more there are; may be absent
+//	touched   for each disk of each point that needs one of them: "point" (id), "disk" (its name, or
+//	          config/NAME), "found", "more" (true when places are left out), and "places": pairs of the
+//	          offset on the disk and the number, from 0, of the record in damage
+//
+// At most 65536 records and 262144 places are kept, and 1000 places of a disk. A record past
+// that is unknown to an index that is made anew, until a verification finds it again; of points "more" is
+// all that is left. Unknown fields are ignored.
+//
+// Anybody who verifies, repairs or collects may replace it: under a lock that excludes all others who
+// do (in a local directory, flock(2) on verify.lock), and from what he reads then. A record stays as
+// long as its pack does, also when its chunk was stored again: an index must not choose it. What is shown of
+// a point is what the index has at no other, sound place.
 //
 // # Index
 //

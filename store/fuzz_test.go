@@ -231,3 +231,59 @@ func FuzzSummary(f *testing.F) {
 		}
 	})
 }
+
+// FuzzVerifyState decodes states as they are, and JSON sealed by the right key. What decodes
+// decodes the same after being encoded.
+func FuzzVerifyState(f *testing.F) {
+	k, repo := fuzzKeys(false), [16]byte{1}
+	at := time.Unix(1e9, 0).UTC()
+	s := &verifyState{
+		Pass: &verifyPass{Began: at, After: PackID{1}, Packs: 2, Read: 3}, Ended: at, Unlisted: 1,
+		Damage:  []damageRecord{{ID: ID{1}, Pack: PackID{2}, Off: 80, Error: "checksum", Found: at}, {ID: ID{2}, Kind: KindPage, Error: "nowhere", Found: at}},
+		Touched: []touch{{Point: PointID{1}, Disk: "disk0", Found: at, More: true, Places: []touchedPlace{{65536, ID{1}}, {0, ID{2}}}}},
+	}
+	b, err := s.encode(repo, k)
+	if err != nil {
+		f.Fatal(err)
+	}
+	plain, err := s.marshal()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b, false)
+	f.Add(plain, true)
+	f.Add([]byte(`{"damage":[{"id":"01"}],"touched":[{"places":[[0,9]]}]}`), true)
+	f.Fuzz(func(t *testing.T, b []byte, seal bool) {
+		if seal {
+			h := make([]byte, verifyHeaderLen)
+			copy(h, verifyMagic[:])
+			h[8], h[16] = verifyVersion, 1
+			var err error
+			if b, err = sealObject(h, ctxVerify, b, k); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s, err := decodeVerifyState(b, repo, k)
+		if err != nil {
+			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
+				t.Fatal(err)
+			}
+			return
+		}
+		s.limit()
+		one, err := s.marshal()
+		if err != nil {
+			return // a time that JSON cannot hold
+		}
+		raw, err := s.encode(repo, k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s, err = decodeVerifyState(raw, repo, k); err != nil {
+			t.Fatal(err)
+		}
+		if two, err := s.marshal(); err != nil || !bytes.Equal(one, two) {
+			t.Fatalf("%v: %s, then %s", err, one, two)
+		}
+	})
+}

@@ -111,15 +111,15 @@ type collector struct {
 }
 
 // ErrIndexAnew: what was found out with the help of the old index means nothing.
-var ErrIndexAnew = errors.New("store: the index was made anew during the gc; run it again")
+var ErrIndexAnew = errors.New("store: the index was made anew meanwhile; run it again")
 
-// sameIndex fails when the numbers of packs have got another meaning.
-func (g *collector) sameIndex(ctx context.Context) error {
-	now, err := g.repo.index.Incarnation(ctx)
+// sameIndex fails when the numbers of packs have got another meaning since the incarnation was.
+func (r *Repo) sameIndex(ctx context.Context, was uint64) error {
+	now, err := r.index.Incarnation(ctx)
 	if err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	if now != g.index {
+	if now != was {
 		return ErrIndexAnew
 	}
 	return nil
@@ -167,7 +167,7 @@ func (g *collector) run(ctx context.Context) error {
 	if err := g.marks.run(ctx, progress); err != nil {
 		return err
 	}
-	if err := g.sameIndex(ctx); err != nil {
+	if err := r.sameIndex(ctx, g.index); err != nil {
 		return err
 	}
 	g.sum(packs)
@@ -200,6 +200,12 @@ func (g *collector) run(ctx context.Context) error {
 		}
 	}
 	g.rep.Pending, g.rep.Waiting = len(g.state.Packs), pending
+	if g.rep.Removed > 0 {
+		// Records of packs that are gone. When this fails the next one does it.
+		if err := r.changeVerifyState(ctx, func(*verifyState) error { return nil }); err != nil {
+			r.warn(err.Error())
+		}
+	}
 	return g.dropPages(ctx)
 }
 
@@ -374,7 +380,7 @@ func (g *collector) sweep(ctx context.Context) error {
 		doomed = append(doomed, d)
 	}
 	// From here on packs and records go by their ids.
-	if err := g.sameIndex(ctx); err != nil {
+	if err := g.repo.sameIndex(ctx, g.index); err != nil {
 		return err
 	}
 	var done, total int64

@@ -69,7 +69,8 @@ type Index interface {
 	// Lookup sets locs[i] for each ids[i], zero for ids that are not stored.
 	Lookup(ctx context.Context, ids []ID, locs []Loc) error
 	// AddPack registers a durable pack with its records. Doing it twice is harmless,
-	// and for a pack that was condemned and dropped it does nothing.
+	// and for a pack that was condemned and dropped it does nothing. A record of KindSuspect
+	// takes the place of no other that nothing is known against, and is marked as by Suspect.
 	AddPack(ctx context.Context, pack PackInfo, recs []PackRecord) error
 	// Packs lists the registry: number and pack.
 	Packs(ctx context.Context) iter.Seq2[NumberedPack, error]

@@ -22,11 +22,32 @@ func (id ID) IsZero() bool { return id == ID{} }
 // String is the hexadecimal form.
 func (id ID) String() string { return hex.EncodeToString(id[:]) }
 
+// MarshalText gives the hexadecimal form.
+func (id ID) MarshalText() ([]byte, error) { return hexBytes(id[:]).MarshalText() }
+
+// UnmarshalText reads it.
+func (id *ID) UnmarshalText(s []byte) error { return unhex(id[:], s) }
+
 // PackID names a pack: the random salt that its key is derived from.
 type PackID [32]byte
 
 // String is the hexadecimal form.
 func (p PackID) String() string { return hex.EncodeToString(p[:]) }
+
+// MarshalText gives the hexadecimal form.
+func (p PackID) MarshalText() ([]byte, error) { return hexBytes(p[:]).MarshalText() }
+
+// UnmarshalText reads it.
+func (p *PackID) UnmarshalText(s []byte) error { return unhex(p[:], s) }
+
+// unhex fills dst with what s, of exactly that length, says.
+func unhex(dst, s []byte) error {
+	if len(s) != hex.EncodedLen(len(dst)) {
+		return fmt.Errorf("%q is not %d bytes in hexadecimal", s, len(dst))
+	}
+	_, err := hex.Decode(dst, s)
+	return err
+}
 
 // Sizes and marks of the pack format, little-endian throughout; see doc.go.
 const (
@@ -58,6 +79,9 @@ const (
 	KindChunk = 0
 	KindPage  = 1
 )
+
+// KindSuspect is added to the Kind of a PackRecord, for AddPack alone: the record was found damaged.
+const KindSuspect = 0x80
 
 // PackRecord is one line of a pack's table.
 type PackRecord struct {
@@ -280,6 +304,7 @@ type scanWindow struct {
 	size int64
 	off  int64 // of buf on the pack
 	buf  []byte
+	slow int64 // up to there the medium refuses large reads
 }
 
 const scanWindowLen = 8 << 20
@@ -294,8 +319,17 @@ func (w *scanWindow) at(off int64, n int) ([]byte, error) {
 		if l < int64(n) {
 			return nil, io.ErrUnexpectedEOF
 		}
+		if off < w.slow {
+			l = int64(n)
+		}
 		w.off, w.buf = off, w.buf[:l]
-		if _, err := io.ReadFull(io.NewSectionReader(w.r, off, l), w.buf); err != nil {
+		_, err := io.ReadFull(io.NewSectionReader(w.r, off, l), w.buf)
+		if err != nil && l > int64(n) {
+			// A bad block further on must not take the records before it along.
+			w.slow, w.buf = off+l, w.buf[:n]
+			_, err = io.ReadFull(io.NewSectionReader(w.r, off, int64(n)), w.buf)
+		}
+		if err != nil {
 			w.buf = w.buf[:0]
 			return nil, err
 		}

@@ -9,11 +9,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"strings"
 	"time"
-
-	"github.com/klauspost/compress/zstd"
 )
 
 // Point is one restore point, as its manifest describes it. Points are immutable.
@@ -123,6 +120,8 @@ type Summary struct {
 	LockedUntil time.Time `json:"locked_until,omitzero"`
 	// Damaged says why the manifest cannot be read; VM and Name may be unknown then.
 	Damaged string `json:"damaged,omitempty"`
+	// Hit is what is known to be damaged of the disks; only WithDamage fills it in.
+	Hit []DiskDamage `json:"damaged_disks,omitempty"`
 }
 
 // Path is VM/POINT, the point's place in the address space, or its id when the
@@ -188,26 +187,12 @@ func encodePoint(p *Point, repo [16]byte, k *keys) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		return nil, err
-	}
-	defer enc.Close()
-	packed := enc.EncodeAll(plain, nil)
 	h := make([]byte, pointHeaderLen)
 	copy(h, pointMagic[:])
 	binary.LittleEndian.PutUint32(h[8:], pointVersion)
-	if k.sealed {
-		h[12] = 1
-	}
 	copy(h[16:], repo[:])
 	copy(h[32:], p.ID[:])
-	if _, err := rand.Read(h[48:64]); err != nil { // salt
-		return nil, err
-	}
-	binary.LittleEndian.PutUint64(h[64:], uint64(len(packed)))
-	out := append(h, k.sealSmall(ctxPoint, h[48:64], h, packed)...)
-	return binary.LittleEndian.AppendUint32(out, crc32.Checksum(out, castagnoli)), nil
+	return sealObject(h, ctxPoint, plain, k)
 }
 
 // decodePoint reads a manifest object. Every error matches ErrDamaged.
@@ -218,8 +203,7 @@ func decodePoint(b []byte, id PointID, repo [16]byte, k *keys) (*Point, error) {
 	if len(b) < pointHeaderLen+tagLen+4 || !bytes.Equal(b[:8], pointMagic[:]) {
 		return damaged("header")
 	}
-	n := len(b) - 4
-	if crc32.Checksum(b[:n], castagnoli) != binary.LittleEndian.Uint32(b[n:]) {
+	if !wholeObject(b) {
 		return damaged("checksum")
 	}
 	h := b[:pointHeaderLen]
@@ -229,16 +213,7 @@ func decodePoint(b []byte, id PointID, repo [16]byte, k *keys) (*Point, error) {
 	if [16]byte(h[16:]) != repo || PointID(h[32:]) != id {
 		return damaged("belongs to another point or repository")
 	}
-	packed, ok := k.openSmall(ctxPoint, h[48:64], h, b[pointHeaderLen:n])
-	if !ok || uint64(len(packed)) != binary.LittleEndian.Uint64(h[64:]) {
-		return damaged("authentication")
-	}
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxManifestLen))
-	if err != nil {
-		return nil, err
-	}
-	defer dec.Close()
-	plain, err := dec.DecodeAll(packed, nil)
+	plain, err := openObject(b, pointHeaderLen, ctxPoint, maxManifestLen, k)
 	if err != nil {
 		return damaged(err.Error())
 	}

@@ -1,14 +1,11 @@
 package store
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -16,7 +13,6 @@ import (
 	"time"
 
 	"github.com/zeebo/blake3"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/store/bucket"
 )
@@ -142,6 +138,8 @@ type Repo struct {
 
 	prepareMu sync.Mutex // guards following, and cfgState once the Repo is open
 	prepared  bool       // index compared with the bucket for writing
+
+	verifyMu sync.Mutex // held while verify/state is changed
 
 	pointsMu sync.Mutex         // guards following
 	points   *listing           // nil before the first use
@@ -331,208 +329,6 @@ func (r *Repo) prepareWrite(ctx context.Context) error {
 	r.keepRoom()
 	r.prepared = true
 	return nil
-}
-
-// reconcile brings x up to date with the packs and manifests in the bucket.
-// It reads only names, and the footers and manifests that x lacks.
-func (r *Repo) reconcile(ctx context.Context, x Index, clean bool) error {
-	stale, err := r.reconcileGC(ctx, x) // before packs are added: some may be condemned
-	if err != nil {
-		return err
-	}
-	clean = clean && !stale
-	if !clean {
-		if err := r.reconcilePacks(ctx, x, stale); err != nil {
-			return err
-		}
-	}
-	news, err := r.reconcilePoints(ctx, x)
-	if err != nil {
-		return err
-	}
-	if !clean {
-		return r.markEmptyWhole(ctx, x)
-	}
-	if !news {
-		return nil
-	}
-	// Points that a clean index has never seen: it is from before them, and so it
-	// lacks their packs as well.
-	return r.reconcilePacks(ctx, x, stale)
-}
-
-// markEmptyWhole: an index that begins with the repository lacks nothing.
-func (r *Repo) markEmptyWhole(ctx context.Context, x Index) error {
-	for _, err := range x.Packs(ctx) {
-		return err
-	}
-	for _, err := range x.Points(ctx, PointID{}) {
-		return err
-	}
-	return x.SetWhole(ctx)
-}
-
-// Whole reports whether the repository is known to lack nothing that its points
-// need. When it is not, what a point claims to share with others has to be checked.
-func (r *Repo) Whole(ctx context.Context) (bool, error) { return r.index.Whole(ctx) }
-
-// reconcilePacks makes the registry of x that of the packs that are there. stale says
-// that there was a collection that x has not heard of.
-func (r *Repo) reconcilePacks(ctx context.Context, x Index, stale bool) error {
-	known := map[PackID]NumberedPack{}
-	for p, err := range x.Packs(ctx) {
-		if err != nil {
-			return err
-		}
-		known[p.ID] = p
-	}
-	none := len(known) == 0
-	var news []PackInfo
-	for info, err := range r.bucket.List(ctx, packPrefix) {
-		if err != nil {
-			return fmt.Errorf("list packs: %w", err)
-		}
-		id, err := parsePackName(info.Name)
-		if err != nil {
-			continue
-		}
-		if k, ok := known[id]; ok && k.Size != info.Size { // cut short: forget what it held
-			if err := x.DropPack(ctx, k.ID, nil); err != nil {
-				return err
-			}
-		}
-		if k, ok := known[id]; !ok || k.Size != info.Size {
-			news = append(news, PackInfo{ID: id, Size: info.Size})
-		}
-		delete(known, id)
-	}
-	if err := r.addPacks(ctx, x, news); err != nil {
-		return err
-	}
-	if none && len(news) > 0 {
-		r.rebuilt(len(news))
-	}
-	for _, p := range known {
-		// A gc of another process may have removed the pack since the list was made.
-		switch _, err := x.Pack(ctx, p.Number); {
-		case errors.Is(err, ErrNotExist):
-			continue
-		case err != nil:
-			return err
-		}
-		if !p.Condemned && !stale {
-			r.warn(fmt.Sprintf("pack %s is missing", p.ID))
-		}
-		if err := x.DropPack(ctx, p.ID, nil); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// addPacks reads the tables of packs into x.
-func (r *Repo) addPacks(ctx context.Context, x Index, packs []PackInfo) error {
-	var done, total int64 // bytes of packs
-	for _, p := range packs {
-		total += p.Size
-	}
-	var mu sync.Mutex // guards done
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, p := range packs {
-		g.Go(func() error {
-			recs, err := r.packTable(ctx, p.ID)
-			if err == nil {
-				err = x.AddPack(ctx, p, recs)
-			}
-			if err != nil && !errors.Is(err, ErrNotExist) { // collected meanwhile
-				return err
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			done += p.Size
-			r.indexing(done, total)
-			return nil
-		})
-	}
-	return g.Wait()
-}
-
-// packTable gives the records of a pack: from its footer, or, when that is
-// damaged, from the records themselves. Those are proved one by one: in a pack under
-// a wrong name none can be read, and they must not hide the good ones elsewhere.
-func (r *Repo) packTable(ctx context.Context, id PackID) ([]PackRecord, error) {
-	o, err := r.bucket.Open(ctx, packName(id))
-	if err != nil {
-		return nil, fmt.Errorf("pack %s: %w", id, err)
-	}
-	defer o.Close()
-	recs, err := readFooter(o, o.Size(), r.id, id, r.keys.sealed)
-	if err == nil {
-		return recs, nil
-	}
-	if errors.Is(err, ErrNewerFormat) {
-		return nil, fmt.Errorf("pack %s: %w", id, err)
-	}
-	r.warn(fmt.Sprintf("pack %s: %v; its records are read one by one", id, err))
-	recs = nil
-	b := r.keys.box(ctxPack, id[:])
-	dst := make([]byte, max(r.cfg.ChunkSize, maxPageLen))
-	_, err = scanRecords(o, o.Size(), func(off int64, h recordHeader, raw []byte) error {
-		if _, err := r.openRecord(bytes.Clone(raw), h.id, h.kind, b, dst, true); err != nil {
-			return ctx.Err()
-		}
-		recs = append(recs, PackRecord{ID: h.id, Off: uint32(off), Len: h.len, Plain: h.plain, Kind: h.kind})
-		return ctx.Err()
-	})
-	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return nil, fmt.Errorf("pack %s: %w", id, err)
-	}
-	return recs, nil
-}
-
-// reconcilePoints reports whether there were points that x did not have.
-func (r *Repo) reconcilePoints(ctx context.Context, x Index) (news bool, err error) {
-	known := map[PointID]bool{}
-	for p, err := range x.Points(ctx, PointID{}) {
-		if err != nil {
-			return false, err
-		}
-		known[p.ID] = true
-	}
-	for name, err := range bucket.Names(ctx, r.bucket, pointPrefix) {
-		if err != nil {
-			return false, fmt.Errorf("list points: %w", err)
-		}
-		var id PointID
-		if id.UnmarshalText([]byte(strings.TrimPrefix(name, pointPrefix))) != nil {
-			continue
-		}
-		if known[id] {
-			delete(known, id)
-			continue
-		}
-		s, err := r.summaryOf(ctx, id)
-		if errors.Is(err, ErrNotExist) {
-			continue // gone meanwhile
-		}
-		if err != nil {
-			return false, err
-		}
-		if s.Damaged != "" {
-			r.warn(s.Damaged)
-		}
-		news = true
-		if err := r.putSummaryIn(ctx, x, &s); err != nil {
-			return false, err
-		}
-	}
-	for id := range known {
-		if err := x.DropPoint(ctx, id); err != nil {
-			return false, err
-		}
-	}
-	return news, nil
 }
 
 // summaryOf reads the summary of a point from its manifest. A damaged manifest is

@@ -6,14 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/store/bucket"
 )
@@ -22,99 +18,382 @@ import (
 type VerifyOptions struct {
 	Points   []PointID // nil: all points, and all packs
 	ReadData bool      // read and check every chunk, not only that it is there
+	// Share, 0 to 1, and Bytes read only the next packs of the pass that is on its way: as many
+	// as make up that share of all, or that many bytes. With neither a pass begins and reads all.
+	Share float64
+	Bytes int64
+	// Resume reads what the pass on its way has not read yet.
+	Resume bool
+	Rate   int64 // bytes read of packs in a second; 0: as many as there can be
 	// Damage is told of everything found, as it is found. Never called by two
 	// goroutines at once.
 	Damage func(*DamageError)
 	// Progress is told of the bytes that will be read, then of each part read. May be nil.
 	Progress func(done, total int64)
+	Now      func() time.Time // the clock; nil is time.Now
+	DryRun   bool             // remember nothing, not even in the index
 }
+
+// part reports whether only a part of the packs is read.
+func (o *VerifyOptions) part() bool { return o.Share > 0 || o.Bytes > 0 || o.Resume }
 
 // VerifyReport sums up a verification.
 type VerifyReport struct {
-	Points  int   `json:"points"`
-	Packs   int   `json:"packs"`
-	Pages   int   `json:"pages"`      // unique ones
-	Chunks  int64 `json:"chunks"`     // references in unique pages
-	Read    int64 `json:"bytes_read"` // of packs
-	Damaged int   `json:"damaged"`    // findings
+	Points  int         `json:"points"`
+	Packs   int         `json:"packs"`
+	Pages   int         `json:"pages"`          // unique ones
+	Chunks  int64       `json:"chunks"`         // references in unique pages
+	Read    int64       `json:"bytes_read"`     // of packs
+	Damaged int         `json:"damaged"`        // findings
+	Hit     int         `json:"-"`              // of them, those that name a point
+	Pass    *PassReport `json:"pass,omitempty"` // with data read of packs
+	// Ended is when the last reading of all packs came to its end; zero: none did.
+	Ended time.Time `json:"pass_ended,omitzero"`
+}
+
+// PassReport says how far the reading of all packs has come.
+type PassReport struct {
+	Began   time.Time `json:"began"`
+	Packs   int       `json:"packs_checked"`
+	Checked int64     `json:"bytes_checked"` // of the packs that there are now
+	Total   int64     `json:"bytes_total"`   //
+	Done    bool      `json:"done"`          // all were read
 }
 
 // maxFindingsPerDisk bounds how many places of one disk are listed one by one.
 const maxFindingsPerDisk = 1000
 
+// Progress of a pass is saved after so much time, or so many bytes, whichever comes first.
+const (
+	saveEvery      = 10 * time.Second
+	saveEveryBytes = 4 << 30
+)
+
 // verifier is one verification on its way.
 type verifier struct {
-	repo *Repo
-	opt  VerifyOptions
+	repo  *Repo
+	opt   VerifyOptions
+	began time.Time
+	pace  pacer
+
+	state    verifyState                             // when it began
+	packID   map[uint32]PackID                       // number => pack, for those that were there when it began
+	deep     func(PackID) bool                       // which packs are gone through record by record; nil: none
+	spare    func(context.Context, ID) (bool, error) // pages that are kept elsewhere: no damage; nil: none
+	broken   map[uint32]*salvaged                    // packs with a damaged table, and those of deep; nil: there is nothing left of it
+	index    uint64                                  // incarnation that numbers of packs are of
+	complete bool                                    // the records of all packs were read by this run
+
+	saving sync.Mutex // guards following
+	mute   bool       // nothing can be remembered, which was said
 
 	mu     sync.Mutex // guards following
 	report VerifyReport
-	bad    map[ID]badRecord
+	bad    map[ID][]badRecord
 	named  map[ID]bool // of bad, those that a point was found to use
-	// broken packs have a damaged table: what they hold is only what was found whole.
-	broken map[uint32]map[ID]bool
-	pages  map[ID]bool // pages seen => something below is damaged
+	kinds  map[ID]uint8
+	pages  map[ID]bool     // pages seen => something below is damaged
+	read   map[PackID]bool // packs of which every record was checked
+	// scanned are packs without a table: what they lack is known when the points were looked at.
+	scanned map[PackID]bool
+	right   map[ID]Loc // remembered chunks of points that turned out to be right
+	walked  map[PointID]bool
+	hits    []touch
+	pass    *verifyPass // how far it has come; nil: nothing is read
+	saved   time.Time   // when that was written down last
+	since   int64       // bytes read since then
 }
 
 // badRecord is a damaged chunk or page.
 type badRecord struct {
 	pack, off uint32 // where; zero pack: wherever it is
 	err       error
+	known     bool // remembered, not found by this verification
 }
 
 func (b badRecord) at(loc Loc) bool {
-	return b.pack == 0 || b.pack == loc.Pack && b.off == loc.Off
+	return b.pack == 0 || b.pack == loc.Pack && (b.off == 0 || b.off == loc.Off)
+}
+
+// badAt gives what is wrong with the record of id that the index names.
+func (v *verifier) badAt(id ID, loc Loc) (badRecord, bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, b := range v.bad[id] {
+		if b.at(loc) {
+			return b, true
+		}
+	}
+	return badRecord{}, false
+}
+
+func (v *verifier) addBad(id ID, kind uint8, b badRecord) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.bad[id], v.kinds[id] = append(v.bad[id], b), kind
+}
+
+func newVerifier(r *Repo, opt VerifyOptions) *verifier {
+	if opt.Now == nil {
+		opt.Now = time.Now
+	}
+	return &verifier{
+		repo: r, opt: opt, began: opt.Now().UTC().Truncate(time.Second), pace: pacer{rate: opt.Rate},
+		packID: map[uint32]PackID{}, broken: map[uint32]*salvaged{},
+		bad: map[ID][]badRecord{}, named: map[ID]bool{}, kinds: map[ID]uint8{}, pages: map[ID]bool{}, read: map[PackID]bool{}, scanned: map[PackID]bool{},
+		right: map[ID]Loc{}, walked: map[PointID]bool{},
+	}
 }
 
 // Verify checks the repository and reports all damage, and which points it
-// touches. It changes no object; the index marks damaged chunks, so that a backup
-// which still has them stores them again and so heals the points that use them. The
-// error says that the check itself could not be carried out.
+// touches. It changes nothing that points consist of; the index marks damaged chunks, so that a backup
+// which still has them stores them again and so heals the points that use them. What was
+// found is remembered in verify/state, and counts as damage until it is healed or its pack is read
+// again and right. The error says that the check itself could not be carried out; with one that is
+// the context's, how far it came is remembered.
 func (r *Repo) Verify(ctx context.Context, opt VerifyOptions) (VerifyReport, error) {
-	v := &verifier{repo: r, opt: opt, bad: map[ID]badRecord{}, named: map[ID]bool{}, broken: map[uint32]map[ID]bool{}, pages: map[ID]bool{}}
+	v := newVerifier(r, opt)
+	err := v.run(ctx)
+	return v.report, err
+}
+
+func (v *verifier) run(ctx context.Context) error {
+	r := v.repo
 	r.prepareMu.Lock()
 	damaged := slices.Clone(r.cfgState.damaged)
 	r.prepareMu.Unlock()
 	for _, name := range damaged {
 		v.found(&DamageError{What: name, Err: errors.New("damaged or missing; the other copy is whole")})
 	}
+	if err := v.begin(ctx); err != nil {
+		return err
+	}
+	if err := v.look(ctx); err != nil {
+		// What was found so far is kept, whatever stopped it.
+		return errors.Join(err, v.remember(context.WithoutCancel(ctx), false))
+	}
+	for id, list := range v.bad {
+		for _, b := range list {
+			if !v.named[id] && b.pack != 0 && !b.known { // others were found by way of a point, which may be forgotten since
+				v.found(&DamageError{What: "record of " + id.String()[:16] + ", which no point checked here uses", Err: b.err})
+			}
+		}
+	}
+	if err := v.remember(ctx, true); err != nil {
+		return err
+	}
+	if v.report.Damaged == 0 && v.complete && !v.opt.DryRun {
+		return r.index.SetWhole(ctx)
+	}
+	return nil
+}
+
+// look goes through packs and points.
+func (v *verifier) look(ctx context.Context) error {
 	points, err := v.manifests(ctx)
 	if err != nil {
-		return v.report, err
+		return err
 	}
 	if err := v.packs(ctx); err != nil {
-		return v.report, err
+		return err
 	}
 	for _, p := range points {
 		if err := v.point(ctx, p); err != nil {
-			return v.report, err
+			return err
 		}
 	}
-	for id, b := range v.bad {
-		if !v.named[id] && b.pack != 0 { // others were found by way of a point, which may be forgotten since
-			v.found(&DamageError{What: "record of " + id.String()[:16] + ", which no point checked here uses", Err: b.err})
+	if len(v.bad) > 0 || len(v.broken) > 0 {
+		return v.repo.sameIndex(ctx, v.index) // by whose numbers damage is known
+	}
+	return nil
+}
+
+// begin reads what is remembered. Damage in packs that are not going to be read counts as found.
+func (v *verifier) begin(ctx context.Context) error {
+	s, _, err := v.repo.loadVerifyState(ctx)
+	if err != nil {
+		return err
+	}
+	v.state, v.report.Ended = *s, s.Ended
+	if v.index, err = v.repo.index.Incarnation(ctx); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	number := map[PackID]uint32{}
+	for p, err := range v.repo.index.Packs(ctx) {
+		if err != nil {
+			return fmt.Errorf("store: %w", err)
 		}
+		v.packID[p.Number], number[p.ID] = p.ID, p.Number
+	}
+	for _, d := range s.Damage {
+		n, ok := number[d.Pack]
+		if !ok || v.opt.Points != nil && v.opt.ReadData && d.Kind == KindChunk {
+			continue // looked for again
+		}
+		v.addBad(d.ID, d.Kind, badRecord{n, d.Off, fmt.Errorf("%s, as a verification found at %s", d.Error, d.Found.Format(time.RFC3339)), true})
+	}
+	return nil
+}
+
+// dropKnown forgets what is remembered of a pack that is read now. v.mu is held.
+func (v *verifier) dropKnown(number uint32) {
+	for id, list := range v.bad {
+		list = slices.DeleteFunc(list, func(b badRecord) bool { return b.known && b.pack == number })
+		if v.bad[id] = list; len(list) == 0 {
+			delete(v.bad, id)
+		}
+	}
+}
+
+func (v *verifier) found(d *DamageError) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.report.Damaged++
+	if d.Point != "" {
+		v.report.Hit++
+	}
+	v.opt.Damage(d)
+}
+
+// remember writes down what was found: for later verifications and listings to verify/state, and
+// for backups as a mark in the index. all says that the points were looked at, too.
+func (v *verifier) remember(ctx context.Context, all bool) error {
+	if v.opt.DryRun {
+		return nil
+	}
+	v.saving.Lock()
+	defer v.saving.Unlock()
+	found, err := v.findings(ctx)
+	if err != nil {
+		return err
+	}
+	if len(found) == 0 && v.pass == nil && len(v.state.Damage) == 0 && len(v.state.Touched) == 0 {
+		return nil
+	}
+	if len(found) > 0 {
+		if err := v.repo.sameIndex(ctx, v.index); err != nil {
+			return err
+		}
+	}
+	if !v.mute {
+		err = v.repo.changeVerifyState(ctx, func(s *verifyState) error {
+			v.merge(s, found, all)
+			return nil
+		})
 	}
 	switch {
-	case len(v.bad) > 0:
-		return v.report, v.suspect(ctx)
-	case v.report.Damaged == 0 && opt.Points == nil && opt.ReadData:
-		return v.report, r.index.SetWhole(ctx)
+	case err == nil:
+	case errors.Is(err, bucket.ErrReadOnly), errors.Is(err, bucket.ErrFull), errors.Is(err, ErrNewerFormat):
+		if !v.mute {
+			v.repo.warn(fmt.Sprintf("what was found cannot be remembered: %v", err))
+		}
+		v.mute = true
+	default:
+		return err
 	}
-	return v.report, nil
+	return v.suspect(ctx, found)
+}
+
+// findings gives what this verification found, each with the pack that it is in.
+func (v *verifier) findings(ctx context.Context) ([]damageRecord, error) {
+	v.mu.Lock()
+	var list []damageRecord
+	var where []uint32 // number of the pack; 0: to be looked up
+	for _, id := range slices.SortedFunc(maps.Keys(v.bad), func(a, b ID) int { return bytes.Compare(a[:], b[:]) }) {
+		for _, b := range v.bad[id] {
+			if b.known {
+				continue
+			}
+			text := b.err.Error()
+			list = append(list, damageRecord{ID: id, Kind: v.kinds[id], Off: b.off, Error: text[:min(len(text), maxDamageMessage)], Found: v.began})
+			where = append(where, b.pack)
+		}
+	}
+	v.mu.Unlock()
+	ids, locs := make([]ID, len(list)), make([]Loc, len(list))
+	for i := range list {
+		ids[i] = list[i].ID
+	}
+	if err := v.repo.index.Lookup(ctx, ids, locs); err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	seen := map[[64]byte]bool{}
+	found := list[:0]
+	for i := range list {
+		d := list[i]
+		if where[i] == 0 && locs[i].Known() {
+			where[i], d.Off = locs[i].Pack, locs[i].Off
+		}
+		d.Pack = v.packID[where[i]]
+		if k := d.key(); !seen[k] {
+			seen[k] = true
+			found = append(found, d)
+		}
+	}
+	return found, nil
+}
+
+// merge brings what this verification found into s, which others may have changed since it
+// began.
+func (v *verifier) merge(s *verifyState, found []damageRecord, all bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	old := map[[64]byte]time.Time{}
+	for i := range s.Damage {
+		old[s.Damage[i].key()] = s.Damage[i].Found
+	}
+	now := map[[64]byte]bool{}
+	for i := range found {
+		k := found[i].key()
+		now[k] = true
+		if t, ok := old[k]; ok {
+			found[i].Found = t
+		}
+	}
+	s.Damage = slices.DeleteFunc(s.Damage, func(d damageRecord) bool {
+		loc, right := v.right[d.ID]
+		switch {
+		case now[d.key()]:
+			return true // comes back below
+		case !d.Found.Before(v.began) && !d.Found.Equal(v.began):
+			return false // by somebody who began later
+		case d.Pack == PackID{}:
+			return all && v.opt.Points == nil
+		case right && v.packID[loc.Pack] == d.Pack:
+			return true
+		}
+		return v.read[d.Pack] || all && v.scanned[d.Pack]
+	})
+	s.Damage = append(s.Damage, found...)
+	if all {
+		s.Touched = slices.DeleteFunc(s.Touched, func(t touch) bool { return v.walked[t.Point] })
+		s.Touched = append(s.Touched, v.hits...)
+	}
+	if v.pass != nil {
+		pass := *v.pass
+		s.Pass, s.Ended = &pass, v.report.Ended
+		if v.report.Pass != nil && v.report.Pass.Done {
+			s.Pass = nil
+		}
+	}
 }
 
 // suspect marks what was found damaged in the index, so that it is stored again when
 // a backup meets it. Where the index knows another record of the same id it stays as it is.
-func (v *verifier) suspect(ctx context.Context) error {
-	ids := slices.Collect(maps.Keys(v.bad))
+func (v *verifier) suspect(ctx context.Context, found []damageRecord) error {
+	ids := make([]ID, 0, len(found))
+	for i := range found {
+		if i == 0 || found[i].ID != found[i-1].ID {
+			ids = append(ids, found[i].ID)
+		}
+	}
 	locs := make([]Loc, len(ids))
 	if err := v.repo.index.Lookup(ctx, ids, locs); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
 	var hit []ID
 	for i, id := range ids {
-		if b := v.bad[id]; b.pack == 0 || (b.pack == locs[i].Pack && b.off == locs[i].Off) {
+		if b, ok := v.badAt(id, locs[i]); ok && !b.known {
 			hit = append(hit, id)
 		}
 	}
@@ -127,439 +406,7 @@ func (v *verifier) suspect(ctx context.Context) error {
 	return nil
 }
 
-func (v *verifier) found(d *DamageError) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.report.Damaged++
-	v.opt.Damage(d)
-}
-
-// manifests reads those of the points to be checked.
-func (v *verifier) manifests(ctx context.Context) ([]*Point, error) {
-	list, err := v.repo.Points(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var points []*Point
-	for _, s := range list {
-		if v.opt.Points != nil && !slices.Contains(v.opt.Points, s.ID) {
-			continue
-		}
-		v.report.Points++
-		p, err := v.repo.readPoint(ctx, s.ID)
-		var d *DamageError
-		switch {
-		case err == nil:
-			points = append(points, p)
-		case errors.As(err, &d):
-			d.Point = cmp.Or(d.Point, s.Path())
-			v.found(d)
-		case errors.Is(err, ErrNotExist):
-			gone, err := v.unlisted(ctx, s)
-			if err != nil {
-				return nil, err
-			}
-			if !gone {
-				v.found(&DamageError{Point: s.Path(), What: "manifest " + s.ID.String(), Err: errors.New("missing")})
-			}
-		default:
-			return nil, err
-		}
-	}
-	return points, nil
-}
-
-// unlisted waits a moment for a point without a manifest to go from the listing,
-// as the next step of forgetting it is.
-func (v *verifier) unlisted(ctx context.Context, s Summary) (bool, error) {
-	for range 20 {
-		list, err := v.repo.PointsOf(ctx, s.VM)
-		if err != nil {
-			return false, err
-		}
-		if !slices.ContainsFunc(list, func(l Summary) bool { return l.ID == s.ID }) {
-			return true, nil
-		}
-		select {
-		case <-ctx.Done():
-			return false, ctx.Err()
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
-	return false, nil
-}
-
-// packs checks the packs: with ReadData every byte, otherwise header, table and size.
-func (v *verifier) packs(ctx context.Context) error {
-	if v.opt.Points != nil {
-		return nil // the chunks of these points are read on their own
-	}
-	var list []NumberedPack
-	var total, done int64
-	for p, err := range v.repo.index.Packs(ctx) {
-		if err != nil {
-			return fmt.Errorf("store: %w", err)
-		}
-		list = append(list, p)
-		total += p.Size
-	}
-	slices.SortFunc(list, func(a, b NumberedPack) int { return cmp.Compare(a.Number, b.Number) })
-	v.report.Packs = len(list)
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, p := range list {
-		if gctx.Err() != nil {
-			break
-		}
-		g.Go(func() error {
-			if err := v.pack(gctx, p); err != nil {
-				return err
-			}
-			v.mu.Lock()
-			defer v.mu.Unlock()
-			done += p.Size
-			if v.opt.Progress != nil {
-				v.opt.Progress(done, total)
-			}
-			return nil
-		})
-	}
-	return g.Wait()
-}
-
-// pack checks one pack.
-func (v *verifier) pack(ctx context.Context, p NumberedPack) error {
-	r := v.repo
-	what := "pack " + p.ID.String()
-	o, err := r.bucket.Open(ctx, packName(p.ID))
-	if errors.Is(err, bucket.ErrNotExist) {
-		if gone, err := v.collected(ctx, p.ID); gone || err != nil {
-			return err
-		}
-		v.found(&DamageError{What: what, Err: errors.New("missing")})
-		v.setBroken(p.Number, nil)
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("store: %s: %w", what, err)
-	}
-	defer o.Close()
-	if o.Size() != p.Size {
-		v.found(&DamageError{What: what, Err: fmt.Errorf("%d bytes instead of %d", o.Size(), p.Size)})
-	}
-	recs, err := readFooter(o, o.Size(), r.id, p.ID, r.keys.sealed)
-	if err != nil {
-		v.found(&DamageError{What: what, Err: err})
-		return v.brokenPack(ctx, p, o)
-	}
-	if !v.opt.ReadData {
-		return nil
-	}
-	slices.SortFunc(recs, func(a, b PackRecord) int { return cmp.Compare(a.Off, b.Off) })
-	b := r.keys.box(ctxPack, p.ID[:])
-	win := scanWindow{r: o, size: o.Size()}
-	dst := make([]byte, max(r.cfg.ChunkSize, maxPageLen))
-	at := int64(packHeaderLen)
-	for _, rec := range recs {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if int64(rec.Off) != at {
-			v.found(&DamageError{What: what, Err: fmt.Errorf("no record between %d and %d", at, rec.Off)})
-		}
-		raw, err := win.at(int64(rec.Off), recordLen+int(rec.Len))
-		if err == nil {
-			err = r.checkRecord(raw, rec, b, dst)
-		}
-		if err != nil {
-			v.badRecord(p.Number, rec, what, err)
-		}
-		at = int64(rec.Off) + recordLen + int64(rec.Len)
-	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.report.Read += o.Size()
-	return nil
-}
-
-// collected reports whether a pack that is missing was removed by a gc since the
-// list of packs was made.
-func (v *verifier) collected(ctx context.Context, id PackID) (bool, error) {
-	for p, err := range v.repo.index.Packs(ctx) {
-		if err != nil {
-			return false, fmt.Errorf("store: %w", err)
-		}
-		if p.ID == id {
-			return p.Condemned, nil
-		}
-	}
-	return true, nil
-}
-
-// forgotten reports whether a point went since the manifests were read: then what it
-// lacks is no damage.
-func (v *verifier) forgotten(ctx context.Context, id PointID) (bool, error) {
-	_, err := v.repo.readManifest(ctx, id)
-	if errors.Is(err, ErrNotExist) {
-		return true, nil
-	}
-	if errors.Is(err, ErrDamaged) {
-		err = nil
-	}
-	return false, err
-}
-
-// checkRecord proves one record by its CRC-32C, its tag and its content hash.
-func (r *Repo) checkRecord(raw []byte, rec PackRecord, b box, dst []byte) error {
-	h, ok := parseRecordHeader(raw)
-	if !ok || h.plain != rec.Plain {
-		return errors.New("record header")
-	}
-	if crcOf(raw) != h.crc {
-		return errors.New("checksum")
-	}
-	_, err := r.openRecord(raw, rec.ID, rec.Kind, b, dst, true)
-	return err
-}
-
-func (v *verifier) badRecord(pack uint32, rec PackRecord, what string, err error) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.bad[rec.ID] = badRecord{pack, rec.Off, fmt.Errorf("in %s at %d: %w", what, rec.Off, err)}
-}
-
-// brokenPack finds what is whole in a pack without a table.
-func (v *verifier) brokenPack(ctx context.Context, p NumberedPack, o bucket.Object) error {
-	r := v.repo
-	whole := map[ID]bool{}
-	b := r.keys.box(ctxPack, p.ID[:])
-	dst := make([]byte, max(r.cfg.ChunkSize, maxPageLen))
-	_, err := scanRecords(o, o.Size(), func(_ int64, h recordHeader, raw []byte) error {
-		if _, err := r.openRecord(bytes.Clone(raw), h.id, h.kind, b, dst, true); err == nil {
-			whole[h.id] = true
-		}
-		return ctx.Err()
-	})
-	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("store: pack %s: %w", p.ID, err)
-	}
-	v.setBroken(p.Number, whole)
-	return nil
-}
-
-func (v *verifier) setBroken(number uint32, whole map[ID]bool) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.broken[number] = whole
-}
-
-// point checks the maps of a point, each page once for all points, and then
-// names the places of what was found.
-func (v *verifier) point(ctx context.Context, p *Point) error {
-	type mapped struct {
-		name string
-		root Root
-	}
-	var maps []mapped
-	for i := range p.Disks {
-		maps = append(maps, mapped{p.Disks[i].Name, p.Disks[i].Map()})
-	}
-	for i := range p.Config {
-		maps = append(maps, mapped{"config/" + p.Config[i].Name, p.Config[i].Map()})
-	}
-	for _, m := range maps {
-		img, err := v.repo.openMap(m.root, p.Path(), m.name)
-		if err != nil {
-			var d *DamageError
-			if errors.As(err, &d) {
-				v.found(d)
-				continue
-			}
-			return err
-		}
-		if m.root.Page.IsZero() {
-			continue
-		}
-		bad, err := v.page(ctx, m.root.Page, img.top)
-		if err != nil {
-			return err
-		}
-		if bad {
-			if gone, err := v.forgotten(ctx, p.ID); gone || err != nil {
-				return err
-			}
-			left := maxFindingsPerDisk
-			if err := v.places(ctx, img, m.root.Page, img.top, 0, &left); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// page reports whether anything at or below a page is damaged.
-func (v *verifier) page(ctx context.Context, id ID, level uint8) (bool, error) {
-	if bad, seen := v.pages[id]; seen {
-		return bad, nil
-	}
-	if err := ctx.Err(); err != nil {
-		return false, err
-	}
-	v.report.Pages++
-	p, err := v.readPage(ctx, id, level)
-	if err != nil {
-		v.pages[id] = true
-		if !errors.Is(err, ErrDamaged) {
-			return false, err
-		}
-		v.bad[id] = badRecord{err: err}
-		return true, nil
-	}
-	// A page can read right though its record was found damaged: by its CRC-32C alone.
-	bad, err := v.hit(ctx, id)
-	if err != nil {
-		return false, err
-	}
-	if level > 0 {
-		for _, child := range p.ids {
-			if child.IsZero() {
-				continue
-			}
-			b, err := v.page(ctx, child, level-1)
-			if err != nil {
-				return false, err
-			}
-			bad = bad || b
-		}
-	} else {
-		b, err := v.leaf(ctx, p)
-		if err != nil {
-			return false, err
-		}
-		bad = bad || b
-	}
-	v.pages[id] = bad
-	return bad, nil
-}
-
-// hit reports whether the record that the index names for a page is a bad one.
-func (v *verifier) hit(ctx context.Context, id ID) (bool, error) {
-	b, ok := v.bad[id]
-	if !ok {
-		return false, nil
-	}
-	var loc [1]Loc
-	if err := v.repo.index.Lookup(ctx, []ID{id}, loc[:]); err != nil {
-		return false, fmt.Errorf("store: %w", err)
-	}
-	return b.at(loc[0]), nil
-}
-
-// readPage reads a page from its pack: the index is only a cache of it.
-func (v *verifier) readPage(ctx context.Context, id ID, level uint8) (*page, error) {
-	b, err := v.repo.readPage(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	p := new(page)
-	if err := decodePage(b, level, p); err != nil {
-		return nil, &DamageError{What: recordWhat(id, KindPage), Err: err}
-	}
-	return p, nil
-}
-
-// leaf checks the chunks of a page of level 0.
-func (v *verifier) leaf(ctx context.Context, p *page) (bool, error) {
-	var locs [PageEntries]Loc
-	if err := v.repo.index.Lookup(ctx, p.ids[:], locs[:]); err != nil {
-		return false, fmt.Errorf("store: %w", err)
-	}
-	bad := false
-	for i, id := range p.ids {
-		if id.IsZero() {
-			continue
-		}
-		v.report.Chunks++
-		err := v.chunk(ctx, id, locs[i])
-		if err == nil {
-			continue
-		}
-		if !errors.Is(err, ErrDamaged) {
-			return false, err
-		}
-		bad = true
-		v.bad[id] = badRecord{err: err}
-	}
-	return bad, nil
-}
-
-// chunk says what is wrong with a chunk, nil when nothing is known to be.
-func (v *verifier) chunk(ctx context.Context, id ID, loc Loc) error {
-	damaged := func(why error) error { return &DamageError{What: recordWhat(id, KindChunk), Err: why} }
-	if b, ok := v.bad[id]; ok && b.at(loc) {
-		if errors.Is(b.err, ErrDamaged) {
-			return b.err
-		}
-		return damaged(b.err)
-	}
-	if !loc.Known() {
-		return damaged(errors.New("not in the repository"))
-	}
-	if whole, isBroken := v.broken[loc.Pack]; isBroken && !whole[id] {
-		return damaged(errors.New("lost in a damaged pack"))
-	}
-	if v.opt.Points == nil || !v.opt.ReadData {
-		return nil
-	}
-	dst := make([]byte, v.repo.cfg.ChunkSize)
-	v.report.Read += int64(loc.Len)
-	return v.repo.retried(ctx, id, loc, func(loc Loc) error { return v.repo.readWhole(ctx, id, loc, dst, true) })
-}
-
-// places reports the damaged chunks and pages below a page by their offsets.
-func (v *verifier) places(ctx context.Context, m *Image, id ID, level uint8, first int64, left *int) error {
-	if *left <= 0 {
-		return nil
-	}
-	at := first * int64(m.repo.cfg.ChunkSize)
-	if b, ok := v.bad[id]; ok {
-		*left--
-		v.name(m, id, KindPage, at, b.err)
-	}
-	p, err := v.readPage(ctx, id, level)
-	if errors.Is(err, ErrDamaged) {
-		return nil // named above
-	}
-	if err != nil {
-		return err
-	}
-	for k, child := range p.ids {
-		if child.IsZero() {
-			continue
-		}
-		at := first + int64(k)*span(level)
-		if level == 0 {
-			if b, ok := v.bad[child]; ok && *left > 0 {
-				*left--
-				v.name(m, child, KindChunk, at*int64(m.repo.cfg.ChunkSize), b.err)
-			}
-		} else if v.pages[child] {
-			if err := v.places(ctx, m, child, level-1, at, left); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// name reports damage with the point, disk and offset that it touches.
-func (v *verifier) name(m *Image, id ID, kind uint8, off int64, err error) {
-	d := &DamageError{What: recordWhat(id, kind), Err: err}
-	var inner *DamageError
-	if errors.As(err, &inner) {
-		d.What, d.Err = inner.What, inner.Err
-	}
-	d.Point, d.Disk, d.Off = m.point, m.disk, off
-	v.named[id] = true
-	v.found(d)
+// cmpPacks orders packs by their ids, which is the order in which they are read.
+func cmpPacks(a, b NumberedPack) int {
+	return cmp.Or(bytes.Compare(a.ID[:], b.ID[:]), cmp.Compare(a.Number, b.Number))
 }

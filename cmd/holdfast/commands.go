@@ -116,14 +116,12 @@ func commands() []command {
 			min: 1, max: 1, completes: files, run: runUmount,
 		},
 		{
-			name: "verify", usage: "[POINT...] [--read-data]",
+			name: "verify", usage: "[POINT...] [--read-data [--resume] | --read-data-subset 5%] [--limit-rate 50M]",
 			short: "look for damage",
-			long:  "Without POINT, all of the repository. Damage ends with exit code 4.",
+			long:  verifyHelp,
 			max:   -1,
-			flags: []cli.Flag{
-				&cli.BoolFlag{DisableDefaultText: true, Name: "read-data", Usage: "read and check every byte, not only that it is there"},
-			},
-			needs: needRepository, run: runVerify,
+			flags: verifyFlags(),
+			needs: needRepository, check: checkVerify, run: runVerify,
 		},
 		{
 			name: "forget",
@@ -148,9 +146,11 @@ func commands() []command {
 			check: func(c *call) error { _, err := share(c.String("repack-below")); return err },
 		},
 		{
-			name: "repair", usage: "index", short: "make the index anew",
-			long: "index  where chunks lie and which points there are, out of packs and manifests alone",
-			min:  1, max: 1, completes: words{list: repairActions()},
+			name: "repair", usage: "index | packs [--dry-run] [--drop-unreadable] | --from REPO [--from-password-file FILE]",
+			short: "make the index anew, save what damaged packs hold, or heal from a copy",
+			long:  repairHelp,
+			max:   1, completes: words{list: repairActions()},
+			flags: repairFlags(),
 			needs: needRepository, check: checkRepair, run: runRepair,
 		},
 		{

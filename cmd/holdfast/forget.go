@@ -54,7 +54,8 @@ func forgetFlags() []cli.Flag {
 }
 
 const forgetHelp = "With rules, of the VMs named, or of all: a point stays when any rule keeps it. The newest good point\n" +
-	"of a VM, locked points and damaged ones always stay.\n" +
+	"of a VM, locked points and those with a damaged manifest always stay; points with damaged disks cost no good\n" +
+	"one its place.\n" +
 	"With points (VM/TIME, or an id of at least 6 digits) and no rule, exactly those are forgotten.\n" +
 	"Their space is given back by 'holdfast gc'."
 
@@ -207,9 +208,12 @@ func (c *call) forgetByRule(ctx context.Context, r *store.Repo, p backup.Policy,
 
 // provenNewest gives the newest good point of each VM, having read its manifest:
 // what only the index calls good must not be all that is left. In the copy of points
-// that it returns those found damaged are marked, and those found gone are left out.
+// that it returns those found damaged, now or by a verification, are marked, and those found gone are left out.
 func provenNewest(ctx context.Context, r *store.Repo, points []store.Summary, now time.Time) ([]store.Summary, map[string]store.Summary, error) {
-	points = slices.Clone(points)
+	points, err := r.WithDamage(ctx, points)
+	if err != nil {
+		return nil, nil, err
+	}
 	proven := map[store.PointID]bool{}
 	for {
 		newest := backup.NewestGood(points, now)
@@ -275,7 +279,11 @@ func (c *call) forgetNamed(ctx context.Context, r *store.Repo, _ backup.Policy, 
 		case s.Damaged != "":
 			return nil, withHint(fmt.Errorf("%s: its manifest is %w, so nobody knows whether it is locked", s.Path(), store.ErrDamaged), forceHint)
 		case newest[s.VM].ID == s.ID:
-			return nil, withHint(fmt.Errorf("%s is the newest good point of VM %q", s.Path(), s.VM), forceHint)
+			what := "the newest good point"
+			if len(newest[s.VM].Hit) > 0 {
+				what = "the newest point, of which none is good,"
+			}
+			return nil, withHint(fmt.Errorf("%s is %s of VM %q", s.Path(), what, s.VM), forceHint)
 		}
 	}
 	return list, nil

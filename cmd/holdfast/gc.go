@@ -50,7 +50,7 @@ func runGC(ctx context.Context, c *call) error {
 			c.out.line("%d packs are condemned and wait for %d backups that began before: the next gc removes them", rep.Pending, rep.Waiting)
 		}
 		if rep.Kept > 0 {
-			return withHint(fmt.Errorf("%w: %d packs stay because part of them cannot be read", errDamageFound, rep.Kept), "'holdfast verify --read-data' says what is damaged")
+			return withHint(fmt.Errorf("%w: %d packs stay because part of them cannot be read", errDamageFound, rep.Kept), "'holdfast verify --read-data' says what is damaged, 'holdfast repair packs' saves what can be read")
 		}
 		return nil
 	})
@@ -58,9 +58,18 @@ func runGC(ctx context.Context, c *call) error {
 
 // share reads a percentage as a fraction.
 func share(s string) (float64, error) {
-	var n float64
-	if _, err := fmt.Sscanf(s+" ", "%f%% ", &n); err != nil || n <= 0 || n > 100 {
+	n, ok := percentage(s)
+	if !ok {
 		return 0, usagef("gc: --repack-below %q is not a percentage from 1%% to 100%%", s)
 	}
-	return n / 100, nil
+	return n, nil
+}
+
+// percentage reads one, above 0 % and up to 100 %, as a fraction.
+func percentage(s string) (float64, bool) {
+	var n float64
+	if _, err := fmt.Sscanf(s+" ", "%f%% ", &n); err != nil || n <= 0 || n > 100 {
+		return 0, false
+	}
+	return n / 100, true
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"golang.org/x/term"
 )
@@ -33,10 +34,17 @@ func (c *call) newPassword(ctx context.Context) ([]byte, error) {
 // toPassword returns the password of the repository that --to names. It looks at
 // --to-password-file or HOLDFAST_TO_PASSWORD_FILE, HOLDFAST_TO_PASSWORD, a prompt; never at
 // where the other one comes from.
-func (c *call) toPassword(ctx context.Context) ([]byte, error) {
-	return c.passwordIn(ctx, passwordPlaces{kind: "password", file: c.String("to-password-file"), variable: "HOLDFAST_TO_PASSWORD",
-		question: "Password of " + printable(c.String("to")) + ": ",
-		what:     "no password given for " + c.String("to"), hint: "use --to-password-file FILE or HOLDFAST_TO_PASSWORD_FILE"}, false)
+func (c *call) toPassword(ctx context.Context) ([]byte, error) { return c.otherPassword(ctx, "to") }
+
+// fromPassword does so for --from.
+func (c *call) fromPassword(ctx context.Context) ([]byte, error) { return c.otherPassword(ctx, "from") }
+
+// otherPassword returns the password of the repository that a flag names.
+func (c *call) otherPassword(ctx context.Context, flag string) ([]byte, error) {
+	variable := "HOLDFAST_" + strings.ToUpper(flag) + "_PASSWORD"
+	return c.passwordIn(ctx, passwordPlaces{kind: "password", file: c.String(flag + "-password-file"), variable: variable,
+		question: "Password of " + printable(c.String(flag)) + ": ",
+		what:     "no password given for " + c.String(flag), hint: "use --" + flag + "-password-file FILE or " + variable + "_FILE"}, false)
 }
 
 func (c *call) findPassword(ctx context.Context, twice bool) ([]byte, error) {

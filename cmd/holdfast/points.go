@@ -25,6 +25,9 @@ func runPoints(ctx context.Context, c *call) error {
 				return withHint(fmt.Errorf("no VM %q: %w", vm, store.ErrNotExist), "'holdfast points' lists all")
 			}
 		}
+		if list, err = r.WithDamage(ctx, list); err != nil {
+			return err
+		}
 		columns := []string{"POINT", "ID", ">SIZE", ">NEW", ">STORED", "TAGS", ""}
 		now := c.clock.now()
 		locks := slices.ContainsFunc(list, func(s store.Summary) bool { return s.LockedUntil.After(now) })
@@ -37,6 +40,8 @@ func runPoints(ctx context.Context, c *call) error {
 			switch {
 			case s.Damaged != "":
 				note = "DAMAGED: " + s.Damaged
+			case len(s.Hit) > 0:
+				note = "DAMAGED: " + hitText(s.Hit)
 			case s.Warnings > 0:
 				note = fmt.Sprintf("%d warnings", s.Warnings)
 			}
@@ -65,6 +70,11 @@ func runShow(ctx context.Context, c *call) error {
 		if err != nil {
 			return err
 		}
+		marked, err := r.WithDamage(ctx, []store.Summary{{ID: p.ID}})
+		if err != nil {
+			return err
+		}
+		hit := marked[0].Hit
 		fields := [][2]string{
 			{"point", p.Path()},
 			{"id", p.ID.String()},
@@ -90,6 +100,9 @@ func runShow(ctx context.Context, c *call) error {
 		for _, w := range p.Warnings {
 			fields = append(fields, [2]string{"warning", w})
 		}
+		for _, d := range hit {
+			fields = append(fields, [2]string{"DAMAGED", fmt.Sprintf("%s, the first at offset %d, found %s", d, d.Off, timeText(d.Found))})
+		}
 		c.out.fields(fields...)
 		t := newTable("DISK", "KEY", ">SIZE", ">DATA", ">NEW", "READ")
 		for _, d := range p.Disks {
@@ -103,8 +116,18 @@ func runShow(ctx context.Context, c *call) error {
 		return c.out.object(struct {
 			Type string `json:"type"`
 			*store.Point
-		}{"point", p})
+			Hit []store.DiskDamage `json:"damaged_disks,omitempty"`
+		}{"point", p, hit})
 	})
+}
+
+// hitText says what is damaged of a point.
+func hitText(hit []store.DiskDamage) string {
+	var parts []string
+	for _, d := range hit {
+		parts = append(parts, d.String())
+	}
+	return strings.Join(parts, ", ")
 }
 
 // lockText says when a lock ends, "" when there is none any more.

@@ -100,6 +100,7 @@ const smallChunk = 64 << 10
 type damaged struct {
 	*repository
 	hit, also, other kept
+	file             string // that hit was made of
 	pack             string // with hit's chunks; also shares them all
 	records          []record
 	table, trailer   int64
@@ -112,7 +113,8 @@ func newDamaged(t *testing.T, args ...string) *damaged {
 	disk := newText(t, dir+"/d.raw", 9, 10*smallChunk)
 	newRaw(t, dir+"/d2.raw", 20*smallChunk, piece{12 * smallChunk, 3*smallChunk + 7})
 	tool(t, "dd", "if="+disk.file, "of="+dir+"/d2.raw", "conv=notrunc", "status=none")
-	d.hit = d.keep(t, "hit", dir+"/d2.raw")
+	d.file = dir + "/d2.raw"
+	d.hit = d.keep(t, "hit", d.file)
 	packs, err := filepath.Glob(d.dir + "/packs/*")
 	if err != nil || len(packs) != 1 {
 		t.Fatalf("packs %q, %v", packs, err)

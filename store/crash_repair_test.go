@@ -1,0 +1,281 @@
+package store_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
+	"github.com/holdfast-backup/holdfast/test/reader"
+)
+
+// repairScene is a scene with damaged packs. What of its points can be read is what they hold: all of
+// it, but for those in lost.
+type repairScene struct {
+	*scene
+	lost map[store.PointID]bool
+}
+
+// damagedScene makes points and damages the packs that they are in: tails and headers are lost, which
+// costs nothing, and, with lose, a chunk of the first point.
+func damagedScene(t *testing.T, plain, lose bool, points ...string) *repairScene {
+	t.Helper()
+	s := &repairScene{newScene(t, plain, points...), map[store.PointID]bool{}}
+	ctx := t.Context()
+	r, err := sceneRepo(ctx, s.mem, store.LocalIndex(s.index, false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if lose {
+		for id, vm := range s.live {
+			if !vm.at.Equal(time.Unix(1e9, 0)) {
+				continue
+			}
+			p, err := r.Point(ctx, id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pack, loc, err := r.Place(ctx, p, "disk0", 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			flipByte(t, s.mem, pack, int64(loc.Off)+60)
+			s.lost[id] = true
+		}
+		if _, err := r.Verify(ctx, store.VerifyOptions{ReadData: true, Damage: func(*store.DamageError) {}}); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	for i, name := range packNames(t, s.mem) {
+		b := bytes.Clone(object(t, s.mem, name))
+		switch i % 3 {
+		case 0:
+			b = b[:len(b)-64-44]
+		case 1:
+			clear(b[:80])
+		default:
+			continue
+		}
+		putObject(t, s.mem, name, b)
+	}
+	return s
+}
+
+func packNames(t *testing.T, m *bucket.Memory) (names []string) {
+	t.Helper()
+	for info, err := range m.List(t.Context(), "packs/") {
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, info.Name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// readable demands of the independent reader that every point that was whole, or could be read
+// out of damaged packs, reads whole.
+func (s *repairScene) readable(ctx context.Context, b *bucket.Memory, clean bool) error {
+	fsys := fstest.MapFS{}
+	for info, err := range b.List(ctx, "") {
+		if err != nil {
+			return err
+		}
+		o, err := b.Open(ctx, info.Name)
+		if err != nil {
+			return err
+		}
+		p := make([]byte, o.Size())
+		if _, err := o.ReadAt(p, 0); err != nil && err != io.EOF {
+			return err
+		}
+		fsys[info.Name] = &fstest.MapFile{Data: p}
+	}
+	r, err := reader.Open(fsys, reader.Options{Passphrase: "secret"})
+	if err != nil {
+		return err
+	}
+	if clean && len(r.Damage) > 0 {
+		return fmt.Errorf("damage is left: %w", errors.Join(r.Damage...))
+	}
+	seen := map[string]bool{}
+	for _, p := range r.Points {
+		seen[p.ID] = true
+		for id, vm := range s.live {
+			if id.String() != p.ID || s.lost[id] {
+				continue
+			}
+			if got, err := r.Bytes(p.Disks[0]); err != nil || !bytes.Equal(got, vm.data) {
+				return fmt.Errorf("the point at %v reads wrong, or %w", vm.at, err)
+			}
+		}
+	}
+	for id, vm := range s.live {
+		if !seen[id.String()] {
+			return fmt.Errorf("the point at %v is gone", vm.at)
+		}
+	}
+	for _, id := range s.gone {
+		if seen[id.String()] {
+			return fmt.Errorf("point %s is back", id)
+		}
+	}
+	return nil
+}
+
+// sceneCheck looks at what a stop has left. done says that the run reported success.
+type sceneCheck func(ctx context.Context, s *repairScene, r *store.Repo, done bool) error
+
+// goesOn opens what a stop has left, looks at it, and finishes the work with again.
+func (s *repairScene) goesOn(ctx context.Context, b *bucket.Memory, open store.IndexOpener, done bool, again func(*store.Repo) error, first sceneCheck) error {
+	if err := s.readable(ctx, b, false); err != nil {
+		return fmt.Errorf("independent reader: %w", err)
+	}
+	r, err := sceneRepo(ctx, b, open)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if first != nil {
+		if err := first(ctx, s, r, done); err != nil {
+			return err
+		}
+	}
+	look := func() error {
+		for id, vm := range s.live {
+			p, err := r.Point(ctx, id)
+			if err != nil {
+				return err
+			}
+			err = sameDisk(r, p, vm.data)
+			if s.lost[id] {
+				if err != nil && !errors.Is(err, store.ErrDamaged) {
+					return err
+				}
+				continue
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := look(); err != nil {
+		return err
+	}
+	if err := again(r); err != nil {
+		return fmt.Errorf("again: %w", err)
+	}
+	if err := look(); err != nil {
+		return fmt.Errorf("after that: %w", err)
+	}
+	if _, err := r.GC(ctx, store.GCOptions{MaxLive: 0.9, IgnoreMissing: true}); err != nil {
+		return fmt.Errorf("gc: %w", err)
+	}
+	if err := look(); err != nil {
+		return fmt.Errorf("after a gc: %w", err)
+	}
+	var damage error
+	_, err = r.Verify(ctx, store.VerifyOptions{ReadData: true, Damage: func(d *store.DamageError) { damage = errors.Join(damage, d) }})
+	if err != nil || damage != nil && len(s.lost) == 0 {
+		return errors.Join(err, damage)
+	}
+	if err := s.readable(ctx, b.Crash(), true); err != nil {
+		return fmt.Errorf("independent reader, at the end: %w", err)
+	}
+	return nil
+}
+
+// everywhere stops op at every call to the bucket and at every commit to the index, in every
+// way, and goes on with what is left: with the index that was left, with the one from before, and with none.
+func (s *repairScene) everywhere(t *testing.T, op, again func(*store.Repo) error, first sceneCheck) {
+	t.Helper()
+	stops, unfinished := 0, 0
+	for _, k := range crashKinds {
+		for _, inIndex := range []bool{false, true} {
+			if inIndex && k.kind == bucket.Short {
+				continue // a commit to Badger is whole or nothing
+			}
+			for n := int64(1); ; n++ {
+				at := stop{n: n, kind: k.kind, index: inIndex, where: fmt.Sprintf("%s at call %d", k.name, n)}
+				if inIndex {
+					at.where = fmt.Sprintf("%s at commit %d to the index", k.name, n)
+				}
+				left, index, done, reached := s.run(t, at, op)
+				if !reached {
+					os.RemoveAll(index)
+					break
+				}
+				stops++
+				if !done {
+					unfinished++
+				}
+				before := memoryDir(t)
+				copyIndex(t, s.index, before)
+				for name, open := range map[string]store.IndexOpener{
+					"no index": store.MemoryIndex(), "old index": store.LocalIndex(before, false), "index left": store.LocalIndex(index, false),
+				} {
+					if err := s.goesOn(t.Context(), left.Crash(), open, done, again, first); err != nil {
+						t.Errorf("%s, %s: %v", at.where, name, err)
+					}
+				}
+				os.RemoveAll(before)
+				os.RemoveAll(index)
+			}
+		}
+	}
+	t.Logf("%d stops, %d of which ended the run", stops, unfinished)
+	if unfinished < stops/2 {
+		t.Error("most stops did not stop anything")
+	}
+}
+
+// TestCrashRepairPacks stops the repair of packs everywhere.
+func TestCrashRepairPacks(t *testing.T) {
+	t.Cleanup(store.CheapKeys())
+	ctx := t.Context()
+	op := func(r *store.Repo) error {
+		_, err := r.RepairPacks(ctx, store.RepairPacksOptions{Damage: func(*store.DamageError) {}})
+		return err
+	}
+	type crashCase struct {
+		name  string
+		scene *repairScene
+		lost  int
+	}
+	cases := []crashCase{ // those at the end are left out of short runs
+		{"a chunk lost", damagedScene(t, false, true, "abc", "bcx"), 1},
+		{"ends lost", damagedScene(t, false, false, "abcde", "XYZ", "cex"), 0},
+		{"not encrypted", damagedScene(t, true, false, "abcde", "XYZ", "cex"), 0},
+	}
+	if testing.Short() {
+		cases = cases[:1]
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.scene.everywhere(t, op, func(r *store.Repo) error {
+				var found []string
+				rep, err := r.RepairPacks(ctx, store.RepairPacksOptions{Damage: func(d *store.DamageError) { found = append(found, d.Error()) }})
+				if err != nil {
+					return err
+				}
+				if rep.Lost != c.lost || rep.Kept > 0 {
+					return fmt.Errorf("%+v\n%s", rep, strings.Join(found, "\n"))
+				}
+				return nil
+			}, nil)
+		})
+	}
+}
