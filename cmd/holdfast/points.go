@@ -88,6 +88,9 @@ func runShow(ctx context.Context, c *call) error {
 		if l := lockText(p.LockedUntil, c.clock.now()); l != "" {
 			fields = append(fields, [2]string{"locked until", l})
 		}
+		if p.Agent != "" {
+			fields = append(fields, [2]string{"made by", "a helper with the token " + p.Agent})
+		}
 		if o := p.CopiedFrom; o != nil {
 			fields = append(fields, [2]string{"copied from", fmt.Sprintf("%s in repository %s", o.Point, o.Repository)})
 		}

@@ -128,6 +128,9 @@ func TestAgentBackup(t *testing.T) {
 	if len(points) != 2 || points[0].ID != first.ID || points[1].ID != second.ID || points[0].VM != "web" || points[0].Tags[0] != "away" {
 		t.Fatalf("%+v", points)
 	}
+	if out := r.must(t, "show", first.ID).out; !strings.Contains(out, "a helper with the token ") {
+		t.Errorf("show does not say who made the point:\n%s", out)
+	}
 	for i, file := range []string{raw, dir + "/second.raw"} {
 		out := fmt.Sprint(dir, "/out", i)
 		r.must(t, "restore", points[i].ID, "--to", out, "--format", "qcow2")
