@@ -321,6 +321,11 @@ func (s *schedule) run(ctx context.Context) (err error) {
 	if err := store.Init(ctx, s.mem, store.InitOptions{ChunkSize: mosaicChunk, NoEncryption: s.seed%2 == 0, Passphrase: []byte("secret")}, s.clock); err != nil {
 		return err
 	}
+	defer func() {
+		if s.shared != nil { // after the Repos, which share it
+			err = errors.Join(err, s.shared.x.Close())
+		}
+	}()
 	leases := &store.MemoryLeases{}
 	for range 4 {
 		r, err := store.Open(ctx, slowBucket{s.mem, s.j}, s.open, store.OpenOptions{
@@ -478,7 +483,11 @@ func (s *schedule) loseIndex(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("index made anew: %w", err)
 	}
+	old := s.shared.x
 	s.shared.x = x
+	if err := old.Close(); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.counts.Lost++
