@@ -5,18 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"sync/atomic"
 	"testing"
-	"testing/fstest"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/bucket"
-	"github.com/holdfast-backup/holdfast/test/reader"
 )
 
 // scene is a repository before the run that is going to be stopped.
@@ -173,22 +170,7 @@ func (s *scene) run(t *testing.T, at stop, op func(*store.Repo) error) (left *bu
 
 // readScene gives the disks of all points by the independent reader.
 func readScene(ctx context.Context, b *bucket.Memory) (map[string][]byte, error) {
-	fsys := fstest.MapFS{}
-	for info, err := range b.List(ctx, "") {
-		if err != nil {
-			return nil, err
-		}
-		o, err := b.Open(ctx, info.Name)
-		if err != nil {
-			return nil, err
-		}
-		p := make([]byte, o.Size())
-		if _, err := o.ReadAt(p, 0); err != nil && err != io.EOF {
-			return nil, err
-		}
-		fsys[info.Name] = &fstest.MapFile{Data: p}
-	}
-	r, err := reader.Open(fsys, reader.Options{Passphrase: "secret"})
+	r, err := readerOf(ctx, b)
 	if err != nil {
 		return nil, err
 	}

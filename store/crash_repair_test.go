@@ -5,17 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"strings"
 	"testing"
-	"testing/fstest"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/bucket"
-	"github.com/holdfast-backup/holdfast/test/reader"
 )
 
 // repairScene is a scene with damaged packs. What of its points can be read is what they hold: all of
@@ -87,22 +83,7 @@ func packNames(t *testing.T, m *bucket.Memory) (names []string) {
 // readable demands of the independent reader that every point that was whole, or could be read
 // out of damaged packs, reads whole.
 func (s *repairScene) readable(ctx context.Context, b *bucket.Memory, clean bool) error {
-	fsys := fstest.MapFS{}
-	for info, err := range b.List(ctx, "") {
-		if err != nil {
-			return err
-		}
-		o, err := b.Open(ctx, info.Name)
-		if err != nil {
-			return err
-		}
-		p := make([]byte, o.Size())
-		if _, err := o.ReadAt(p, 0); err != nil && err != io.EOF {
-			return err
-		}
-		fsys[info.Name] = &fstest.MapFile{Data: p}
-	}
-	r, err := reader.Open(fsys, reader.Options{Passphrase: "secret"})
+	r, err := readerOf(ctx, b)
 	if err != nil {
 		return err
 	}
@@ -197,48 +178,12 @@ func (s *repairScene) goesOn(ctx context.Context, b *bucket.Memory, open store.I
 	return nil
 }
 
-// everywhere stops op at every call to the bucket and at every commit to the index, in every
-// way, and goes on with what is left: with the index that was left, with the one from before, and with none.
+// everywhere stops op everywhere and goes on with what is left.
 func (s *repairScene) everywhere(t *testing.T, op, again func(*store.Repo) error, first sceneCheck) {
 	t.Helper()
-	stops, unfinished := 0, 0
-	for _, k := range crashKinds {
-		for _, inIndex := range []bool{false, true} {
-			if inIndex && k.kind == bucket.Short {
-				continue // a commit to Badger is whole or nothing
-			}
-			for n := int64(1); ; n++ {
-				at := stop{n: n, kind: k.kind, index: inIndex, where: fmt.Sprintf("%s at call %d", k.name, n)}
-				if inIndex {
-					at.where = fmt.Sprintf("%s at commit %d to the index", k.name, n)
-				}
-				left, index, done, reached := s.run(t, at, op)
-				if !reached {
-					os.RemoveAll(index)
-					break
-				}
-				stops++
-				if !done {
-					unfinished++
-				}
-				before := memoryDir(t)
-				copyIndex(t, s.index, before)
-				for name, open := range map[string]store.IndexOpener{
-					"no index": store.MemoryIndex(), "old index": store.LocalIndex(before, false), "index left": store.LocalIndex(index, false),
-				} {
-					if err := s.goesOn(t.Context(), left.Crash(), open, done, again, first); err != nil {
-						t.Errorf("%s, %s: %v", at.where, name, err)
-					}
-				}
-				os.RemoveAll(before)
-				os.RemoveAll(index)
-			}
-		}
-	}
-	t.Logf("%d stops, %d of which ended the run", stops, unfinished)
-	if unfinished < stops/2 {
-		t.Error("most stops did not stop anything")
-	}
+	s.everyStop(t, op, func(ctx context.Context, b *bucket.Memory, open store.IndexOpener, done bool) error {
+		return s.goesOn(ctx, b, open, done, again, first)
+	})
 }
 
 // TestCrashRepairPacks stops the repair of packs everywhere.

@@ -266,22 +266,7 @@ func crashCheck(ctx context.Context, b *bucket.Memory, open store.IndexOpener, p
 
 // crashRead demands that a bucket holds exactly these points, and nothing half.
 func crashRead(ctx context.Context, b *bucket.Memory, points []crashPoint) error {
-	fsys := fstest.MapFS{}
-	for info, err := range b.List(ctx, "") {
-		if err != nil {
-			return err
-		}
-		o, err := b.Open(ctx, info.Name)
-		if err != nil {
-			return err
-		}
-		p := make([]byte, o.Size())
-		if _, err := o.ReadAt(p, 0); err != nil && err != io.EOF {
-			return err
-		}
-		fsys[info.Name] = &fstest.MapFile{Data: p}
-	}
-	r, err := reader.Open(fsys, reader.Options{Passphrase: "secret"})
+	r, err := readerOf(ctx, b)
 	if err != nil {
 		return err
 	}
@@ -313,6 +298,26 @@ func crashRead(ctx context.Context, b *bucket.Memory, points []crashPoint) error
 		return fmt.Errorf("there is a point %s", name)
 	}
 	return nil
+}
+
+// readerOf opens what a bucket holds with the independent reader.
+func readerOf(ctx context.Context, b *bucket.Memory) (*reader.Repo, error) {
+	fsys := fstest.MapFS{}
+	for info, err := range b.List(ctx, "") {
+		if err != nil {
+			return nil, err
+		}
+		o, err := b.Open(ctx, info.Name)
+		if err != nil {
+			return nil, err
+		}
+		p := make([]byte, o.Size())
+		if _, err := o.ReadAt(p, 0); err != nil && err != io.EOF {
+			return nil, err
+		}
+		fsys[info.Name] = &fstest.MapFile{Data: p}
+	}
+	return reader.Open(fsys, reader.Options{Passphrase: "secret"})
 }
 
 // copyIndex copies the files of an index, leaving holes in them.
