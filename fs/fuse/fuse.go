@@ -14,6 +14,7 @@ import (
 	stdfs "io/fs"
 	"iter"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -55,46 +56,64 @@ type Server struct {
 func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 	c := &conn{log: opt.Log}
 	var none time.Duration // what may be kept says so itself
-	s, err := gofs.Mount(dir, &dirNode{conn: c, dir: tree.Root()}, &gofs.Options{
-		MountOptions: fuse.MountOptions{
-			FsName:                   "holdfast",
-			Name:                     "holdfast",
-			AllowOther:               opt.AllowOther,
-			Debug:                    opt.Debug,
-			MaxWrite:                 maxRead,
-			MaxReadAhead:             readAhead,
-			MaxBackground:            background,
-			MaxInflightRequestBytes:  maxInFlight,
-			DisableXAttrs:            true,
-			DisableSplice:            true, // slower than copying: a 1 MiB read never fits the pipe
-			DirectMount:              true,
-			DirectMountFlags:         syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_RDONLY,
-			Options:                  []string{"ro"},
-			ExplicitDataCacheControl: true,
-		},
+	mount := fuse.MountOptions{
+		FsName:                   "holdfast",
+		Name:                     "holdfast",
+		AllowOther:               opt.AllowOther,
+		Debug:                    opt.Debug,
+		MaxWrite:                 maxRead,
+		MaxReadAhead:             readAhead,
+		MaxBackground:            background,
+		MaxInflightRequestBytes:  maxInFlight,
+		DisableXAttrs:            true,
+		DisableSplice:            true, // slower than copying: a 1 MiB read never fits the pipe
+		DirectMount:              true,
+		DirectMountFlags:         syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_RDONLY,
+		Options:                  []string{"ro"},
+		ExplicitDataCacheControl: true,
+	}
+	root := gofs.NewNodeFS(&dirNode{conn: c, dir: tree.Root()}, &gofs.Options{
+		MountOptions:    mount,
 		EntryTimeout:    &none,
 		AttrTimeout:     &none,
 		NegativeTimeout: &none,
 		RootStableAttr:  &gofs.StableAttr{Ino: 1},
 	})
+	at, err := realPath(dir)
 	if err != nil {
 		return nil, fmt.Errorf("fuse: mount %s: %w", dir, err)
 	}
-	if err := raiseReadAhead(dir); err != nil && opt.Log != nil {
+	s, err := fuse.NewServer(root, at, &mount)
+	if err != nil {
+		return nil, fmt.Errorf("fuse: mount %s: %w", dir, err)
+	}
+	// It is mounted: requests wait for their answers. Nothing here may ask for one itself, as
+	// WaitMount does: should this process be killed at that moment, the kernel waits for ever for
+	// the answer, and the process does not go (seen 2026-11-21).
+	go s.Serve()
+	if err := raiseReadAhead(at); err != nil && opt.Log != nil {
 		opt.Log(fmt.Sprintf("read-ahead stays small: %v", err))
 	}
 	return &Server{fuse: s, dir: dir}, nil
 }
 
+// realPath is the absolute path of dir without links, as the kernel lists mounts.
+func realPath(dir string) (string, error) {
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Abs(real)
+}
+
 // raiseReadAhead sets the kernel's read-ahead of the mount through sysfs, which
 // needs root: 128 KiB, the default, makes a slow repository read eight times slower.
 func raiseReadAhead(dir string) error {
-	var st unix.Stat_t
-	if err := unix.Stat(dir, &st); err != nil {
-		return err
+	device, ok := mountOf(dir)
+	if !ok {
+		return fmt.Errorf("%s is not among the mounts", dir)
 	}
-	name := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
-	return os.WriteFile(name, fmt.Append(nil, readAhead>>10), 0o644)
+	return os.WriteFile("/sys/class/bdi/"+device+"/read_ahead_kb", fmt.Append(nil, readAhead>>10), 0o644)
 }
 
 // Wait returns when the mount has ended.
@@ -418,19 +437,25 @@ func Mounted(dir string) bool { return isOurs(dir) }
 
 // isOurs reports whether the mount at dir is one of holdfast's.
 func isOurs(dir string) bool {
+	_, ok := mountOf(dir)
+	return ok
+}
+
+// mountOf gives the device, as MAJOR:MINOR, of the newest mount of holdfast's at dir.
+func mountOf(dir string) (device string, ok bool) {
 	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		return false
+		return "", false
 	}
 	for line := range strings.Lines(string(text)) {
-		// man 5 proc: fields 5 is the mount point, after " - " comes the type.
+		// man 5 proc: field 3 is the device, 5 the mount point, after " - " comes the type.
 		f := strings.Fields(line)
-		_, rest, ok := strings.Cut(line, " - ")
-		if ok && len(f) > 5 && unescape(f[4]) == dir && strings.HasPrefix(rest, "fuse.holdfast ") {
-			return true
+		_, rest, fuse := strings.Cut(line, " - ")
+		if fuse && len(f) > 5 && unescape(f[4]) == dir && strings.HasPrefix(rest, "fuse.holdfast ") {
+			device, ok = f[2], true
 		}
 	}
-	return false
+	return device, ok
 }
 
 // unescape undoes the octal escapes of mountinfo.

@@ -396,3 +396,28 @@ func TestKillMount(t *testing.T) {
 	}
 	t.Logf("%d kills left a mount", stale)
 }
+
+// TestKillMountAtOnce kills mounts as soon as the kernel has them: the process is gone then, whatever
+// it had asked its own mount.
+func TestKillMountAtOnce(t *testing.T) {
+	needs(t, "fuse")
+	t.Parallel()
+	r, _ := newKept(t)
+	at := mkdir(t, newDir(t)+"/mnt")
+	t.Cleanup(func() { detach(at) })
+	for range 60 {
+		p := r.start(t, "mount", at)
+		for p.running() && mountKind(t, at) == "" {
+		}
+		time.Sleep(rand.N(2 * time.Millisecond))
+		if err := p.cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-p.ended:
+		case <-time.After(20 * time.Second):
+			t.Fatal("a mount that was killed does not end")
+		}
+		detach(at)
+	}
+}
