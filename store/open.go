@@ -32,6 +32,14 @@ func LocalIndex(dir string, readOnly bool) IndexOpener {
 				return nil, err
 			}
 		}
+		if readOnly {
+			// One that was not closed is not used in the end; and on a full tmpfs, where
+			// reading a hole of a mapped file takes room, looking at it would be the end of the process.
+			open, err := filepath.Glob(filepath.Join(dir, "*.mem"))
+			if err != nil || len(open) > 0 {
+				return nil, errors.Join(ErrIndexStale, err)
+			}
+		}
 		x, err := openProved(dir, repo, readOnly)
 		if err != nil && !readOnly && !errors.Is(err, os.ErrPermission) {
 			if err := clearIndex(dir); err != nil {
