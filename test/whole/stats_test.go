@@ -118,7 +118,7 @@ print(json.dumps([[s.name, s.labels.get("vm", ""), s.value] for f in text_string
 		r.must(t, "verify", "--read-data")
 	}
 	for _, p := range s.ByPoint {
-		if p.Name == second.Name {
+		if p.VM == "web" && p.Name == second.Name {
 			if p.Unique < mib {
 				t.Errorf("%+v", p)
 			}
