@@ -54,14 +54,14 @@ func (r *Repo) RepairPacks(ctx context.Context, opt RepairPacksOptions) (rep Rep
 	rep.DryRun = opt.DryRun
 	g := &collector{repo: r, rep: &GCReport{}}
 	if !opt.DryRun {
+		if err := r.makeRoom(ctx); err != nil { // for the lease, too
+			return rep, err
+		}
 		release, err := g.alone(ctx)
 		if err != nil {
 			return rep, err
 		}
 		defer release()
-		if err := r.makeRoom(ctx); err != nil {
-			return rep, err
-		}
 		if err := r.prepareWrite(ctx); err != nil {
 			return rep, err
 		}
