@@ -1,11 +1,10 @@
 package store
 
 import (
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
-
-	"crypto/rand"
 
 	"github.com/klauspost/compress/zstd"
 )
