@@ -35,7 +35,7 @@ var mayImport = map[string][]string{
 }
 
 // leaves may be imported by anyone and import only store/extent and what lies below themselves.
-var leaves = []string{"store/extent", "fs/vdisk", "fs/guest", "fs/nbd"}
+var leaves = []string{"store/extent", "fs/vdisk", "fs/guest", "fs/nbd", "fs/overlay"}
 
 // topLevel is every folder with Go code that DESIGN allows at the root.
 var topLevel = []string{"cmd", "backup", "store", "fs", "vsphere", "hyperv", "scp", "test"}

@@ -1,0 +1,372 @@
+package overlay
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"sync"
+	"testing"
+)
+
+const unit = 512 // bytes that a disk writes whole or not at all
+
+var errCut = errors.New("power is gone")
+
+// power is what several lossyFiles hang on.
+type power struct {
+	mu   sync.Mutex // guards following, and the files
+	left int        // calls until it goes; negative: stays
+	off  bool
+	rnd  *rand.Rand
+}
+
+// use counts a call. p.mu is held.
+func (p *power) use() error {
+	if p.left == 0 {
+		p.off = true
+	}
+	p.left--
+	if p.off {
+		return errCut
+	}
+	return nil
+}
+
+// lossyFile is a file in memory of which a power cut takes any part of what was not synced.
+type lossyFile struct {
+	power  *power
+	now    []byte
+	synced []byte
+	ops    []lossyOp // since the last sync
+}
+
+// lossyOp writes data at off, or, without data, sets the size.
+type lossyOp struct {
+	off  int64
+	data []byte
+}
+
+func (f *lossyFile) ReadAt(p []byte, off int64) (int, error) {
+	f.power.mu.Lock()
+	defer f.power.mu.Unlock()
+	if f.power.off {
+		return 0, errCut
+	}
+	return bytes.NewReader(f.now).ReadAt(p, off)
+}
+
+func (f *lossyFile) WriteAt(p []byte, off int64) (int, error) {
+	return len(p), f.do(lossyOp{off, bytes.Clone(p)})
+}
+
+func (f *lossyFile) Punch(off, n int64) error { return f.do(lossyOp{off, make([]byte, n)}) }
+func (f *lossyFile) Clear(off, n int64) error { return f.do(lossyOp{off, make([]byte, n)}) }
+func (f *lossyFile) Truncate(n int64) error   { return f.do(lossyOp{off: n}) }
+func (f *lossyFile) Close() error             { return nil }
+
+func (f *lossyFile) Data(off, end int64) (int64, int64, error) { return off, end, nil }
+
+func (f *lossyFile) do(op lossyOp) error {
+	f.power.mu.Lock()
+	defer f.power.mu.Unlock()
+	err := f.power.use()
+	if err != nil && f.power.left != -1 {
+		return err
+	}
+	f.now = op.apply(f.now, nil)
+	if op.data != nil { // what goes to the disk are whole sectors
+		from, to := op.off/unit*unit, min((op.off+int64(len(op.data))+unit-1)/unit*unit, int64(len(f.now)))
+		op = lossyOp{from, bytes.Clone(f.now[from:to])}
+	}
+	f.ops = append(f.ops, op) // the last one may have reached the disk in part
+	return err
+}
+
+func (f *lossyFile) Sync() error {
+	f.power.mu.Lock()
+	defer f.power.mu.Unlock()
+	if err := f.power.use(); err != nil {
+		return err
+	}
+	f.synced, f.ops = bytes.Clone(f.now), nil
+	return nil
+}
+
+// apply does the operation, or with rnd any part of it.
+func (op lossyOp) apply(b []byte, rnd *rand.Rand) []byte {
+	if op.data == nil {
+		if rnd != nil && rnd.IntN(2) == 0 {
+			return b
+		}
+		out := make([]byte, op.off)
+		copy(out, b)
+		return out
+	}
+	if grow := op.off + int64(len(op.data)) - int64(len(b)); grow > 0 {
+		b = append(b, make([]byte, grow)...)
+	}
+	for at := op.off; at < op.off+int64(len(op.data)); {
+		n := min(op.off+int64(len(op.data))-at, unit-at%unit)
+		if rnd == nil || rnd.IntN(2) == 0 {
+			copy(b[at:at+n], op.data[at-op.off:])
+		}
+		at += n
+	}
+	return b
+}
+
+// cut is what the disk holds after a power cut, as a file on a new disk.
+func (f *lossyFile) cut(p *power) *lossyFile {
+	b := bytes.Clone(f.synced)
+	for _, op := range f.ops {
+		b = op.apply(b, p.rnd)
+	}
+	return &lossyFile{power: p, now: b, synced: bytes.Clone(b)}
+}
+
+func lossyFiles(p *power) files {
+	return files{data: &lossyFile{power: p}, blocks: &lossyFile{power: p}, head: &lossyFile{power: p}}
+}
+
+func (f files) cut(p *power) files {
+	return files{f.data.(*lossyFile).cut(p), f.blocks.(*lossyFile).cut(p), f.head.(*lossyFile).cut(p)}
+}
+
+// runs is how often the random tests run.
+func runs(t *testing.T) int {
+	if s := os.Getenv("HOLDFAST_TEST_OVERLAY_RUNS"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if testing.Short() {
+		return 200
+	}
+	return 1000
+}
+
+// TestPowerCut writes, flushes and resizes at random until the power goes in the middle of
+// some call, several times in a row. Then each sector holds what it held at the last
+// flush that returned, or something written after that.
+func TestPowerCut(t *testing.T) {
+	const size = 40*Block + 700
+	cuts, flushes := 0, 0
+	for seed := range uint64(runs(t)) {
+		r := rand.New(rand.NewPCG(seed, 3))
+		image := someImage(r, size)
+		p := &power{left: -1, rnd: r}
+		f := lossyFiles(p)
+		d, err := create(f, image, head{seq: 1, size: size, limit: size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		may := newMaybe(image.b) // what each sector may hold
+		for range 1 + r.IntN(4) {
+			p.left = 1 + r.IntN(60)
+			for {
+				off := r.Int64N(size)
+				n := min(size-off, 1+r.Int64N([]int64{unit, 3 * Block, 9 * Block}[r.IntN(3)]))
+				if r.IntN(2) == 0 {
+					off, n = off/Block*Block, Block
+					n = min(n, size-off)
+				}
+				if r.IntN(4) == 0 {
+					if err = d.Flush(); err != nil {
+						break
+					}
+					flushes++
+					may.settle()
+					continue
+				}
+				data := make([]byte, n)
+				if r.IntN(3) == 0 {
+					may.add(off, data)
+					err = d.Zero(off, n, true)
+				} else {
+					fillRandom(r, data)
+					may.add(off, data)
+					_, err = d.WriteAt(data, off)
+				}
+				if err != nil {
+					break
+				}
+			}
+			if !errors.Is(err, errCut) {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+			cuts++
+			p = &power{left: -1, rnd: r}
+			f = f.cut(p)
+			if d, err = open(f, image, ""); err != nil {
+				t.Fatalf("seed %d: opened after a power cut: %v", seed, err)
+			}
+			got := make([]byte, size)
+			if _, err := d.ReadAt(got, 0); err != nil && err != io.EOF {
+				t.Fatal(err)
+			}
+			if err := may.check(got); err != nil {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+			may = newMaybe(got)
+			// What is seen now must stay: it may have been read, and so acted on.
+			if err := d.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Logf("%d runs, %d power cuts, %d flushes", runs(t), cuts, flushes)
+}
+
+// maybe is what each sector may hold after a power cut: the first since the last flush, and all
+// that was written to it later.
+type maybe struct{ sectors [][][]byte }
+
+func newMaybe(b []byte) *maybe {
+	m := &maybe{}
+	for off := 0; off < len(b); off += unit {
+		m.sectors = append(m.sectors, [][]byte{bytes.Clone(b[off:min(off+unit, len(b))])})
+	}
+	return m
+}
+
+// add puts a write down, which may come to pass or not.
+func (m *maybe) add(off int64, p []byte) {
+	for len(p) > 0 {
+		i, in := off/unit, off%unit
+		list := m.sectors[i]
+		next := bytes.Clone(list[len(list)-1])
+		n := copy(next[in:], p)
+		m.sectors[i] = append(list, next)
+		off, p = off+int64(n), p[n:]
+	}
+}
+
+// settle: what was written last is durable.
+func (m *maybe) settle() {
+	for i, list := range m.sectors {
+		m.sectors[i] = list[len(list)-1:]
+	}
+}
+
+func (m *maybe) check(got []byte) error {
+	for i, list := range m.sectors {
+		ok := false
+		for _, b := range list {
+			ok = ok || bytes.Equal(b, got[i*unit:min((i+1)*unit, len(got))])
+		}
+		if !ok {
+			return fmt.Errorf("sector %d holds none of the %d things it may hold", i, len(list))
+		}
+	}
+	return nil
+}
+
+// TestPowerCutParallel: several writers of their own sectors flush when they like.
+func TestPowerCutParallel(t *testing.T) {
+	const writers, sectors = 4, 200
+	const size = sectors * unit
+	n := runs(t) / 4
+	for seed := range uint64(n) {
+		r := rand.New(rand.NewPCG(seed, 4))
+		image := someImage(r, size)
+		p := &power{left: -1, rnd: r}
+		f := lossyFiles(p)
+		d, err := create(f, image, head{seq: 1, size: size, limit: size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.left = 20 + r.IntN(300)
+		var all [writers]*maybe
+		var wg sync.WaitGroup
+		for w := range writers {
+			all[w] = newMaybe(image.b)
+			wg.Go(func() {
+				r := rand.New(rand.NewPCG(seed, uint64(w)))
+				for {
+					if r.IntN(5) == 0 {
+						if d.Flush() != nil {
+							return
+						}
+						all[w].settle()
+						continue
+					}
+					off := int64(r.IntN(sectors/writers)*writers+w) * unit
+					data := make([]byte, unit)
+					fillRandom(r, data)
+					all[w].add(off, data)
+					if _, err := d.WriteAt(data, off); err != nil {
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		d, err = open(f.cut(&power{left: -1, rnd: r}), image, "")
+		if err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		got := make([]byte, size)
+		if _, err := d.ReadAt(got, 0); err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+		for i := range sectors {
+			m := all[i%writers]
+			one := &maybe{sectors: m.sectors[i : i+1]}
+			if err := one.check(got[i*unit : (i+1)*unit]); err != nil {
+				t.Fatalf("seed %d, sector %d: %v", seed, i, err)
+			}
+		}
+	}
+	t.Logf("%d runs", n)
+}
+
+// TestPowerCutResize: after a power cut in a Resize the disk has the old size or the new one, and
+// what grows back is zero.
+func TestPowerCutResize(t *testing.T) {
+	for seed := range uint64(runs(t) / 4) {
+		r := rand.New(rand.NewPCG(seed, 5))
+		size := 1 + r.Int64N(20*Block)
+		image := someImage(r, size)
+		p := &power{left: -1, rnd: r}
+		f := lossyFiles(p)
+		d, err := create(f, image, head{seq: 1, size: size, limit: size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := bytes.Clone(image.b)
+		for at := int64(0); at < size; at += 3 * Block {
+			fillRandom(r, want[at:at+1])
+			if _, err := d.WriteAt(want[at:at+1], at); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		p.left = r.IntN(30)
+		next := want
+		for err == nil {
+			want = next
+			to := 1 + r.Int64N(40*Block)
+			next = make([]byte, to)
+			copy(next, want)
+			err = d.Resize(to)
+		}
+		if d, err = open(f.cut(&power{left: -1, rnd: r}), image, ""); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		got := make([]byte, d.Size())
+		if _, err := d.ReadAt(got, 0); err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) && !bytes.Equal(got, next) {
+			t.Fatalf("seed %d: %d bytes, of %d or %d", seed, len(got), len(want), len(next))
+		}
+	}
+}

@@ -1,0 +1,57 @@
+// Package overlay is a writable disk over an image that never changes: what is written goes
+// to a directory of its own, the rest is read from the image.
+//
+//	d, err := overlay.Create(dir, image, overlay.Options{Base: "id of the image"})
+//	…
+//	d.WriteAt(p, off)
+//	d.Flush()      // what was written before is durable now
+//	d.Close()
+//	d, err = overlay.Open(dir, image, overlay.Options{Base: "id of the image"})
+//
+// The directory has three files:
+//
+//	data    sparse; a block of the disk, 4096 bytes, lies at its own offset
+//	map     which blocks are in data, see below
+//	head    size of the disk and which image it is over, twice
+//
+// A block of which the map says that it is in data and that is a hole there reads as zeros: that is
+// what Zero and Trim leave.
+//
+// # map
+//
+// Sectors of 512 bytes, little-endian. Sector n is about blocks n·4032 to n·4032+4031:
+//
+//	+---------------------+------------------+--------------------+
+//	| CRC-32C u32         | 0 u32            | 4032 bits, 504 B   |
+//	+---------------------+------------------+--------------------+
+//
+// The CRC covers the number of the sector, u64, and bytes 4 to 511. A sector that is all zero, or past
+// the end of the file, is about blocks none of which is in data. Bits are only ever set,
+// but by a Resize to less, so a write that a power cut leaves half done is no harm: a disk writes a sector whole or not.
+//
+// # head
+//
+// Two copies of 4096 bytes, at 0 and 4096, of which the valid one with the higher sequence number counts:
+//
+//	+---------+-------------+---------+---------+---------+-------------+--------------+
+//	| "HFOV1" | sequence    | size    | limit   | id      | length u16, | CRC-32C u32  |
+//	| 8 bytes | u64         | u64     | u64     | 16      | base        | at 4092      |
+//	+---------+-------------+---------+---------+---------+-------------+--------------+
+//
+// limit is up to where the image is still to be seen: what a Resize to less once cut off reads as
+// zeros when the disk grows again.
+//
+// # What it promises
+//
+// Flush makes everything durable that was written, zeroed or trimmed before it was called: first
+// data is synced, then the sectors of the map that changed are written and synced. So a block is never taken
+// from data before it is there. What was not flushed may be there or not after a crash, block by block, as
+// on any disk. A write to a block that is in data already goes in place, as on any disk, too.
+//
+// No lock is held across I/O, with one exception: the first write to a block excludes other first
+// writes to the same block. All methods are safe for concurrent use. A block is read from the image, or it is an error;
+// damage never becomes zeros.
+//
+// Memory: 512 bytes for each 15.75 MiB of the disk that has blocks in data, and 8 for each
+// that has not.
+package overlay

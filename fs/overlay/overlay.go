@@ -1,0 +1,346 @@
+package overlay
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/store/extent"
+)
+
+// Image is what an overlay is over: bytes that never change. Safe for concurrent use.
+//
+// An Image may have AllocatedFrom(off, granularity), the same as Allocated from off on, and
+// Prefetch(off, n int64), which are used then.
+type Image interface {
+	io.ReaderAt
+	Size() int64 // bytes
+	// Allocated yields ascending ranges aligned to granularity (bytes) and clipped to
+	// Size, outside of which all bytes are zero.
+	Allocated(granularity int64) iter.Seq2[extent.Extent, error]
+}
+
+var (
+	// ErrOtherBase: the overlay is over another image.
+	ErrOtherBase = errors.New("overlay belongs to another image")
+	// ErrBusy: another process has the overlay open.
+	ErrBusy = errors.New("overlay is in use")
+	// ErrRange: an offset outside of the disk.
+	ErrRange = errors.New("overlay: outside of the disk")
+)
+
+// Options says what an overlay is over.
+type Options struct {
+	// Base names the image, up to 1024 bytes. Open refuses an overlay over another one.
+	Base string
+	// Size of the disk, bytes; 0: that of the image. For Create.
+	Size int64
+}
+
+// Disk is an overlay with its image: a disk that can be written. Safe for concurrent use.
+type Disk struct {
+	image  Image
+	data   file
+	head   file
+	blocks *blockMap
+	first  ranges // first writes
+
+	gate  sync.RWMutex // held by Resize and Close; for reading by everything else
+	state head         // changed by Resize only
+
+	written atomic.Bool // since the last Flush
+
+	flush struct {
+		sync.Mutex               // held while a flush goes on; guards following
+		broken     error         // a sync failed: nobody knows what is on the disk
+		done       uint64        // number of the last flush that ended
+		begun      atomic.Uint64 // number of the last flush that began
+	}
+	closed bool // guarded by gate
+}
+
+// The names of the files.
+const (
+	dataName = "data"
+	mapName  = "map"
+	headName = "head"
+)
+
+// Create makes an overlay in dir, which it makes, too, and opens it. An error that is
+// os.ErrExist when there is one already.
+func Create(dir string, image Image, opt Options) (*Disk, error) {
+	size := opt.Size
+	if size == 0 {
+		size = image.Size()
+	}
+	if size < 0 || size > maxSize || len(opt.Base) > maxBase {
+		return nil, fmt.Errorf("overlay: size %d, base of %d bytes", size, len(opt.Base))
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	f, err := openFiles(dir, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return nil, err
+	}
+	h := head{seq: 1, size: size, limit: min(size, image.Size()), base: opt.Base}
+	rand.Read(h.id[:])
+	d, err := create(f, image, h)
+	if err == nil {
+		err = errors.Join(syncDir(dir), syncDir(filepath.Dir(dir)))
+	}
+	if err != nil {
+		f.close()
+		return nil, fmt.Errorf("overlay: %w", err)
+	}
+	return d, nil
+}
+
+func create(f files, image Image, h head) (*Disk, error) {
+	if err := f.data.Truncate(roundUp(h.size)); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(f.data.Sync(), f.blocks.Sync()); err != nil {
+		return nil, err
+	}
+	// The head comes last: without one there is no overlay.
+	if err := writeHead(f.head, h); err != nil {
+		return nil, err
+	}
+	return newDisk(f, image, h), nil
+}
+
+// Open opens an overlay. ErrOtherBase, ErrBusy, ErrDamaged; os.ErrNotExist when there is none.
+func Open(dir string, image Image, opt Options) (*Disk, error) {
+	f, err := openFiles(dir, os.O_RDWR)
+	if err != nil {
+		return nil, err
+	}
+	d, err := open(f, image, opt.Base)
+	if err != nil {
+		f.close()
+		return nil, fmt.Errorf("%s: %w", dir, err)
+	}
+	return d, nil
+}
+
+func open(f files, image Image, base string) (*Disk, error) {
+	h, err := readHead(f.head)
+	if err != nil {
+		return nil, err
+	}
+	if h.base != base {
+		return nil, fmt.Errorf("%w: %q, not %q", ErrOtherBase, h.base, base)
+	}
+	if h.limit > image.Size() {
+		return nil, fmt.Errorf("%w: it shows %d bytes of an image of %d", ErrOtherBase, h.limit, image.Size())
+	}
+	// A Resize that was stopped may have left the file at another size.
+	if err := f.data.Truncate(roundUp(h.size)); err != nil {
+		return nil, err
+	}
+	d := newDisk(f, image, h)
+	if err := d.blocks.load(); err != nil {
+		return nil, err
+	}
+	// Bits past the end are of a Resize that was stopped, too.
+	d.blocks.change(d.blocks.blocks, int64(len(d.blocks.sectors))*mapBlocks, false)
+	return d, nil
+}
+
+func newDisk(f files, image Image, h head) *Disk {
+	return &Disk{image: image, data: f.data, head: f.head, blocks: newBlockMap(f.blocks, h.size), state: h}
+}
+
+// files are the files of an overlay.
+type files struct{ data, blocks, head file }
+
+// openFiles opens them and keeps other processes away: flock(2).
+func openFiles(dir string, flag int) (f files, err error) {
+	for _, x := range []struct {
+		name string
+		to   *file
+	}{{headName, &f.head}, {mapName, &f.blocks}, {dataName, &f.data}} {
+		o, err := os.OpenFile(filepath.Join(dir, x.name), flag, 0o600)
+		if err != nil {
+			f.close()
+			return files{}, err
+		}
+		*x.to = osFile{o}
+		if x.to != &f.head {
+			continue
+		}
+		if err := unix.Flock(int(o.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			f.close()
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				err = fmt.Errorf("%s: %w", dir, ErrBusy)
+			}
+			return files{}, err
+		}
+	}
+	return f, nil
+}
+
+func (f files) close() error {
+	var errs []error
+	for _, x := range []file{f.data, f.blocks, f.head} {
+		if x != nil {
+			errs = append(errs, x.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+func roundUp(n int64) int64 { return (n + Block - 1) / Block * Block }
+
+// ID is a random number that the overlay keeps.
+func (d *Disk) ID() [16]byte { return d.state.id }
+
+// Size is the size of the disk in bytes.
+func (d *Disk) Size() int64 {
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	return d.state.size
+}
+
+// enter begins a call that does not change the size; the caller calls d.gate.RUnlock.
+func (d *Disk) enter() error {
+	d.gate.RLock()
+	if d.closed {
+		d.gate.RUnlock()
+		return os.ErrClosed
+	}
+	return nil
+}
+
+// Flush makes durable what was written before. After one that failed all fail: the operating
+// system may have dropped what it could not write (fsync(2), Linux since 4.13).
+func (d *Disk) Flush() error {
+	if err := d.enter(); err != nil {
+		return err
+	}
+	defer d.gate.RUnlock()
+	return d.sync()
+}
+
+// sync lets those who wait for the same flush share it: one that began after they came
+// is theirs, too.
+func (d *Disk) sync() error {
+	came := d.flush.begun.Load()
+	d.flush.Lock()
+	defer d.flush.Unlock()
+	if d.flush.broken != nil {
+		return d.flush.broken
+	}
+	if d.flush.done > came {
+		return nil
+	}
+	n := d.flush.begun.Add(1)
+	if err := d.syncNow(); err != nil {
+		d.flush.broken = fmt.Errorf("overlay: an earlier flush failed: %w", err)
+		return fmt.Errorf("overlay: flush: %w", err)
+	}
+	d.flush.done = n
+	return nil
+}
+
+// syncNow writes the blocks before the map that says they are there.
+func (d *Disk) syncNow() error {
+	wrote := d.written.Swap(false)
+	for rounds := d.blocks.unwritten()/maxDirty + 1; rounds > 0; rounds-- {
+		list, content := d.blocks.changed()
+		if !wrote && len(list) == 0 {
+			return nil
+		}
+		if err := d.data.Sync(); err != nil {
+			return err
+		}
+		if len(list) == 0 {
+			return nil
+		}
+		if err := d.blocks.write(list, content); err != nil {
+			return err
+		}
+		wrote = false
+	}
+	return nil
+}
+
+// Resize changes the size of the disk, durably. What is new reads as zeros.
+func (d *Disk) Resize(size int64) error {
+	d.gate.Lock()
+	defer d.gate.Unlock()
+	if d.closed {
+		return os.ErrClosed
+	}
+	if size < 0 || size > maxSize {
+		return fmt.Errorf("overlay: size %d", size)
+	}
+	grow := size > d.state.size
+	if grow {
+		if err := d.grow(size); err != nil {
+			return fmt.Errorf("overlay: resize: %w", err)
+		}
+	}
+	h := d.state
+	h.seq++
+	h.size, h.limit = size, min(h.limit, size)
+	if err := writeHead(d.head, h); err != nil {
+		return fmt.Errorf("overlay: resize: %w", err)
+	}
+	was := d.blocks.blocks
+	d.state = h
+	d.blocks.resize(size)
+	if grow {
+		return nil
+	}
+	// Should the rest not be done, Open does it.
+	d.blocks.change(d.blocks.blocks, was, false)
+	if err := d.data.Truncate(roundUp(size)); err != nil {
+		return fmt.Errorf("overlay: resize: %w", err)
+	}
+	d.written.Store(true)
+	return d.sync()
+}
+
+// grow makes room in data. In the last block there may be rests past the end.
+func (d *Disk) grow(size int64) error {
+	old := d.state.size
+	if old%Block != 0 && d.blocks.has(old/Block) {
+		if _, err := d.data.WriteAt(make([]byte, roundUp(old)-old), old); err != nil {
+			return err
+		}
+	}
+	if err := d.data.Truncate(roundUp(size)); err != nil {
+		return err
+	}
+	return d.data.Sync()
+}
+
+// Close flushes and closes. It may be called twice.
+func (d *Disk) Close() error {
+	d.gate.Lock()
+	defer d.gate.Unlock()
+	if d.closed {
+		return nil
+	}
+	d.closed = true
+	return errors.Join(d.sync(), files{d.data, d.blocks.f, d.head}.close())
+}
