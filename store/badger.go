@@ -58,9 +58,12 @@ type badgerIndex struct {
 	generation  atomic.Uint64
 	repo        [16]byte
 	incarnation uint64
-	wasClean    bool        // the last owner closed it lacking nothing
-	complete    atomic.Bool // compared with the repository since it was opened
-	failed      atomic.Bool // a write went wrong: never mark it clean
+	wasClean    bool          // the last owner closed it lacking nothing
+	complete    atomic.Bool   // compared with the repository since it was opened
+	failed      atomic.Bool   // a write went wrong: never mark it clean
+	advised     atomic.Uint64 // number of the newest table that the kernel was told of
+	pagesRead   atomic.Uint64
+	tables      atomic.Pointer[[]tableFile] // when the kernel was told
 
 	// onCommit carries out commits; nil does so at once. Tests stop a run there.
 	onCommit func(commit func() error) error
@@ -144,6 +147,7 @@ func openBadger(dir string, repo [16]byte, readOnly bool) (*badgerIndex, error) 
 		db.Close()
 		return nil, err
 	}
+	x.advise()
 	return x, nil
 }
 
@@ -330,6 +334,9 @@ func (x *badgerIndex) SetWhole(context.Context) error {
 }
 
 func (x *badgerIndex) Page(_ context.Context, id ID) (b []byte, err error) {
+	if x.pagesRead.Add(1)%adviseEvery == 0 {
+		x.advise()
+	}
 	err = x.db.View(func(txn *badger.Txn) error {
 		item, err := txn.Get(append([]byte{keyPage}, id[:]...))
 		if errors.Is(err, badger.ErrKeyNotFound) {

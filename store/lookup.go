@@ -82,6 +82,8 @@ func (x *badgerIndex) scan(txn *badger.Txn, ids []ID, locs []Loc) error {
 	it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte{keyChunk}})
 	defer it.Close()
 	clear(locs)
+	first, last := chunkKey(ids[0]), chunkKey(ids[len(ids)-1])
+	x.readAhead(first[:], last[:])
 	passed := 8 * maxGap // since the last id that was sought; the first is
 	for i, id := range ids {
 		k := chunkKey(id)
