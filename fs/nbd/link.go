@@ -255,11 +255,11 @@ func (l *link) finish(cookie uint64, k *call) {
 	if k.finished {
 		return
 	}
-	k.finished = true
-	if !k.abandoned || k.busy {
-		k.done <- struct{}{}
+	wake := !k.abandoned || k.busy
+	k.finished, k.busy = true, false
+	if wake {
+		k.done <- struct{}{} // from here on k is the caller's
 	}
-	k.busy = false
 }
 
 // complete ends k with its last chunk.
