@@ -39,6 +39,7 @@ type conn struct {
 	draining atomic.Bool
 	broken   atomic.Bool // the stream to the client ended in the middle
 	waiting  atomic.Int32
+	quick    atomic.Int32 // requests in a row
 	workers  sync.WaitGroup
 
 	readMu sync.Mutex
@@ -142,39 +143,77 @@ func (c *conn) done(r *request) {
 
 func (c *conn) work() {
 	defer c.workers.Done()
-	for {
-		r := requestPool.Get().(*request)
-		if !c.next(r) {
-			c.done(r)
-			return
-		}
-		c.serve(r)
-		c.out.send(r)
+	for r := c.next(); r != nil; r = c.next() {
+		c.answer(r)
 	}
 }
 
-// next reads the next request. It is false when there are no more.
-func (c *conn) next(r *request) bool {
+// answer serves r and sends the reply.
+func (c *conn) answer(r *request) {
+	start := time.Now()
+	c.serve(r)
+	c.pace(r, time.Since(start))
+	c.out.send(r)
+}
+
+// A request for at most quickData bytes that takes less than quickTime is a
+// quick one. After quickRun of them in a row, such requests are served before the next one
+// is read: to hand over the reading would take longer than to serve them.
+const (
+	quickData = 16 << 10
+	quickTime = 50 * time.Microsecond
+	quickRun  = 256
+)
+
+// pace notes how long r took.
+func (c *conn) pace(r *request, d time.Duration) {
+	switch {
+	case r.n > quickData:
+	case d > quickTime:
+		c.quick.Store(0)
+	case c.quick.Load() < quickRun:
+		c.quick.Add(1)
+	}
+}
+
+// next reads the next request that is not to be served at once. It is nil when
+// there are no more.
+func (c *conn) next() *request {
 	c.waiting.Add(1)
 	c.readMu.Lock()
 	c.waiting.Add(-1)
 	defer c.readMu.Unlock()
-	if c.over {
-		return false
-	}
-	if err := c.read(r); err != nil {
-		c.over = true
-		if !quiet(err) && !c.draining.Load() {
-			c.logf("%w", err)
+	for !c.over {
+		r := requestPool.Get().(*request)
+		if err := c.read(r); err != nil {
+			c.done(r)
+			c.end(err)
+			return nil
 		}
-		return false
+		if r.n > quickData || c.quick.Load() < quickRun {
+			c.handOver()
+			return r
+		}
+		c.answer(r)
 	}
+	return nil
+}
+
+// end stops reading, because of err.
+func (c *conn) end(err error) {
+	c.over = true
+	if !quiet(err) && !c.draining.Load() {
+		c.logf("%w", err)
+	}
+}
+
+// handOver makes sure that somebody reads the next request.
+func (c *conn) handOver() {
 	if c.waiting.Load() == 0 && c.started < c.srv.Limits.Requests {
 		c.started++
 		c.workers.Add(1)
 		go c.work()
 	}
-	return true
 }
 
 // read reads a request with its data, for which it waits until there is room.

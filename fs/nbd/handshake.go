@@ -66,7 +66,7 @@ func (c *conn) option() error {
 		return c.optExportName(string(data))
 	}
 	out := optionReply{opt: opt}
-	err := c.answer(&out, data)
+	err := c.reply(&out, data)
 	if _, e := c.nc.Write(out.mem); e != nil {
 		return e
 	}
@@ -89,8 +89,8 @@ func (c *conn) skipOption(opt, n uint32) error {
 	return err
 }
 
-// answer puts the reply to an option into out. An error ends the connection after it.
-func (c *conn) answer(out *optionReply, data []byte) error {
+// reply puts the reply to an option into out. An error ends the connection after it.
+func (c *conn) reply(out *optionReply, data []byte) error {
 	if c.srv.RequireTLS && !c.secure && opt(out.opt).needsTLS() {
 		out.fail(repErrTLSReqd, "this server wants TLS")
 		return nil
