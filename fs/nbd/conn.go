@@ -52,9 +52,16 @@ type conn struct {
 	out sender
 }
 
+// sendBuffer is asked for of Unix sockets, bytes; Linux gives less by default.
+// TCP sizes its own.
+const sendBuffer = 1 << 20
+
 func newConn(s *Server, ln net.Listener, nc net.Conn) *conn {
 	c := &conn{srv: s, ln: ln, raw: nc, nc: nc, ended: make(chan struct{}), br: bufio.NewReaderSize(nc, 16<<10)}
 	c.data.free = s.Limits.ConnData
+	if u, ok := nc.(*net.UnixConn); ok {
+		u.SetWriteBuffer(sendBuffer) // a larger one saves waits; without it all works the same
+	}
 	return c
 }
 

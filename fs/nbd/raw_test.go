@@ -130,7 +130,11 @@ func (c *rawClient) ask(cmd, flags uint16, off uint64, n uint32, data []byte) Er
 }
 
 func TestOptions(t *testing.T) {
-	path := serve(t, &Server{Exports: exports(memory(make([]byte, 4096)), false)})
+	disk := make(memory, 4096)
+	for i := range disk {
+		disk[i] = byte(i * 7)
+	}
+	path := serve(t, &Server{Exports: exports(disk, false)})
 	c := rawDial(t, path, 3)
 	for _, step := range []struct {
 		opt  uint32
@@ -198,8 +202,9 @@ func TestOptions(t *testing.T) {
 		if got := c.read(10 + zeroes); be.Uint64(got) != 4096 || Flags(be.Uint16(got[8:]))&(HasFlags|ReadOnly) != HasFlags|ReadOnly {
 			t.Errorf("flags %d: %x", flags, got)
 		}
-		if e := c.ask(cmdRead, 0, 0, 512, nil); e != 0 {
-			t.Errorf("flags %d: %v", flags, e)
+		c.write(requestBytes(cmdRead, 0, 5, 7, 512))
+		if got := c.read(simpleLen + 512); be.Uint32(got[4:]) != 0 || !bytes.Equal(got[simpleLen:], disk[7:519]) {
+			t.Errorf("flags %d: %x", flags, got)
 		}
 	}
 }

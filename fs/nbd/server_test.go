@@ -325,3 +325,35 @@ func TestListen(t *testing.T) {
 	}
 	ln.Close()
 }
+
+// TestSizes serves disks of odd, no and enormous size.
+func TestSizes(t *testing.T) {
+	need(t, "nbdinfo", "nbdcopy", "cmp")
+	for _, size := range []int64{0, 1, 511, 4097, 9<<40 + 513} {
+		d := newFileDisk(t, size)
+		if size > 1<<40 {
+			for _, off := range []int64{5<<40 - 3, 1<<42 + 1<<32, size - 1} {
+				if _, err := d.f.WriteAt([]byte("abcdefg")[:min(7, size-off)], off); err != nil {
+					t.Skipf("no room for %d bytes: %v", size, err)
+				}
+			}
+		}
+		path := serve(t, &Server{Exports: exports(d, false)})
+		if got := mustRun(t, "nbdinfo", "--size", uri(path, "")); strings.TrimSpace(got) != fmt.Sprint(size) {
+			t.Errorf("size %s, want %d", got, size)
+		}
+		c := dial(t, "unix:"+path, ClientOptions{})
+		p, want := make([]byte, 7), make([]byte, 7)
+		n, err := c.ReadAt(p, max(0, size-3))
+		if k, _ := d.ReadAt(want, max(0, size-3)); n != k || !bytes.Equal(p, want) || err != io.EOF {
+			t.Errorf("the end of %d: %d %q, %v; want %d %q", size, n, p, err, k, want)
+		}
+		if size > 1<<40 {
+			checkMap(t, path, d)
+			continue
+		}
+		out := filepath.Join(scratch(t), "out")
+		mustRun(t, "nbdcopy", uri(path, ""), out)
+		mustRun(t, "cmp", out, d.path())
+	}
+}
