@@ -68,7 +68,7 @@ func Dial(ctx context.Context, server string, o ClientOptions) (*Client, error) 
 
 // connect adds a connection.
 func (c *Client) connect(ctx context.Context, t target, o ClientOptions) error {
-	h, err := greet(ctx, t, func(h *hello) error { return h.negotiate(o.MetaContexts, t.config(o.TLS)) })
+	h, err := meet(ctx, t, func(h *hello) error { return h.negotiate(o.MetaContexts, t.config(o.TLS)) })
 	if err != nil {
 		return err
 	}
@@ -85,8 +85,8 @@ func (c *Client) connect(ctx context.Context, t target, o ClientOptions) error {
 	return nil
 }
 
-// greet connects to t and runs talk on the connection, within its time.
-func greet(ctx context.Context, t target, talk func(*hello) error) (*hello, error) {
+// meet connects to t and runs talk on the connection, within its time.
+func meet(ctx context.Context, t target, talk func(*hello) error) (*hello, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 	var d net.Dialer
@@ -119,7 +119,7 @@ func List(ctx context.Context, server string, o ClientOptions) ([]ExportInfo, er
 		return nil, err
 	}
 	var all []ExportInfo
-	h, err := greet(ctx, t, func(h *hello) error {
+	h, err := meet(ctx, t, func(h *hello) error {
 		if err := h.greet(); err != nil {
 			return err
 		}

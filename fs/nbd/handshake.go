@@ -91,7 +91,8 @@ func (c *conn) skipOption(opt, n uint32) error {
 
 // reply puts the reply to an option into out. An error ends the connection after it.
 func (c *conn) reply(out *optionReply, data []byte) error {
-	if c.srv.RequireTLS && !c.secure && opt(out.opt).needsTLS() {
+	early := out.opt == optStartTLS || out.opt == optAbort // proto, "FORCEDTLS mode"
+	if c.srv.RequireTLS && !c.secure && !early {
 		out.fail(repErrTLSReqd, "this server wants TLS")
 		return nil
 	}
@@ -114,11 +115,6 @@ func (c *conn) reply(out *optionReply, data []byte) error {
 	}
 	return nil
 }
-
-type opt uint32
-
-// needsTLS: before TLS a server that requires it answers these alone (proto, "FORCEDTLS mode").
-func (o opt) needsTLS() bool { return o != optStartTLS && o != optAbort }
 
 // optionReply collects the replies to an option.
 type optionReply struct {

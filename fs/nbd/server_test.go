@@ -357,3 +357,37 @@ func TestSizes(t *testing.T) {
 		mustRun(t, "cmp", out, d.path())
 	}
 }
+
+// TestTCP serves over TCP, to several clients of both kinds.
+func TestTCP(t *testing.T) {
+	need(t, "nbdcopy", "cmp")
+	d := newFileDisk(t, 20*mib)
+	ln, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveOn(t, &Server{Exports: exports(d, false)}, ln)
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() {
+			out := filepath.Join(scratch(t), "out")
+			for _, args := range [][]string{
+				{"nbdcopy", "--connections=2", "nbd://" + ln.Addr().String() + "/disk0", out},
+				{"cmp", out, d.path()},
+			} {
+				if _, err := run(t, args...); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	c := dial(t, ln.Addr().String(), ClientOptions{Connections: 3})
+	p, want := make([]byte, 10*mib), make([]byte, 10*mib)
+	if _, err := d.ReadAt(want, 77); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ReadAt(p, 77); err != nil || !bytes.Equal(p, want) {
+		t.Errorf("our client: %v", err)
+	}
+	wg.Wait()
+}
