@@ -9,6 +9,7 @@ declare -A need=(
   [fuser]=psmisc [sgdisk]=gdisk [losetup]=mount
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish
   [python3]=python3
+  [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
 )
 missing=()
 for program in "${!need[@]}"; do
