@@ -34,6 +34,9 @@ type Source interface {
 // VM identifies a machine; sources import this package, not the store.
 type VM = store.VM
 
+// PointID names a point.
+type PointID = store.PointID
+
 // Snapshot is a VM held still while it is read.
 type Snapshot interface {
 	// VM identifies the machine. Its name is a single path element.
@@ -75,4 +78,15 @@ type Disk interface {
 	// Verify is called after the last read. An error says that what was read is not
 	// the disk (it was resized); a warning that it may not be one state of it.
 	Verify() (warning string, err error)
+}
+
+// Derived is a Disk that began as a disk of a point and knows what became of it since then, such as
+// that of a VM that was booted from the point. Where that point is the parent nothing else
+// is read.
+type Derived interface {
+	Disk
+	// From is the point, and the name of the disk in it.
+	From() (PointID, string)
+	// Changed yields ascending ranges outside of which the disk is what it began as.
+	Changed(ctx context.Context) iter.Seq2[extent.Extent, error]
 }

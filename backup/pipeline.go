@@ -41,7 +41,11 @@ func wholeOf(size int64) iter.Seq2[extent.Extent, error] {
 // read backs up one disk after its plan.
 func (r *run) read(ctx context.Context, d Disk, name string, p plan) (store.Root, store.Stats, error) {
 	meter := r.opt.Start(r.vm, name, d.Size())
-	return r.write(ctx, d, d.Size(), p, d.Extents(ctx, p.since), meter)
+	ranges := d.Extents(ctx, p.since)
+	if p.from != nil {
+		ranges = p.from.Changed(ctx)
+	}
+	return r.write(ctx, d, d.Size(), p, ranges, meter)
 }
 
 // write stores the given ranges of src and gives the chunk map. Without p.since

@@ -148,11 +148,12 @@ type run struct {
 
 // plan says how a disk is read.
 type plan struct {
-	base  Base   // to compare with and to start from; nil when there is none
-	since string // change id; empty reads everything
-	data  int64  // with since: bytes of the parent's disk that are no holes
-	why   string // recorded in the point
-	unit  int    // bytes; reads are whole multiples of it where the ranges are
+	base  Base    // to compare with and to start from; nil when there is none
+	since string  // change id; empty reads everything
+	from  Derived // knows the changes itself; since says only that they are known
+	data  int64   // with since: bytes of the parent's disk that are no holes
+	why   string  // recorded in the point
+	unit  int     // bytes; reads are whole multiples of it where the ranges are
 }
 
 func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
@@ -175,6 +176,11 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 		return plan{why: "full: chunks of the last point are lost"}, nil
 	}
 	p := plan{base: base}
+	if dd, ok := d.(Derived); ok && old.Size == d.Size() && !r.opt.Full {
+		if id, disk := dd.From(); id == r.draft.Parent().ID && disk == old.Name {
+			return plan{base: base, since: id.String(), from: dd, why: "changes", data: old.Stats.Data}, nil
+		}
+	}
 	switch {
 	case old.Key != d.Key(): // another disk in its place is only good to compare with
 		p.why = "full: first backup of this disk"

@@ -80,9 +80,16 @@ type Locker interface {
 var ErrNoLock = errors.New("the server decides for how long points are locked")
 
 // Local is repo as a Target.
-func Local(repo *store.Repo) Target { return local{repo} }
+func Local(repo *store.Repo) Target { return local{repo: repo} }
 
-type local struct{ repo *store.Repo }
+// LocalOn is repo as a Target whose points are compared with one certain point, not with the newest of
+// their VM.
+func LocalOn(repo *store.Repo, parent store.PointID) Target { return local{repo, &parent} }
+
+type local struct {
+	repo   *store.Repo
+	parent *store.PointID // nil: the newest
+}
 
 var (
 	_ Target = local{}
@@ -103,7 +110,7 @@ type localDraft struct {
 
 // Begin implements Target.
 func (l local) Begin(ctx context.Context, vm VM) (Draft, error) {
-	parent, release, err := parentOf(ctx, l.repo, vm.Name)
+	parent, release, err := l.parentOf(ctx, vm.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -113,6 +120,13 @@ func (l local) Begin(ctx context.Context, vm VM) (Draft, error) {
 		return nil, err
 	}
 	return &localDraft{d, l.repo, parent, release}, nil
+}
+
+func (l local) parentOf(ctx context.Context, vm string) (*store.Point, func(), error) {
+	if l.parent != nil {
+		return l.repo.Hold(ctx, *l.parent)
+	}
+	return parentOf(ctx, l.repo, vm)
 }
 
 // parentOf gives the newest point of the VM that can be read and that no helper on

@@ -16,6 +16,7 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,6 +29,8 @@ import (
 type VM struct {
 	Name  string
 	Files []string
+	// Attached are files that describe the VM, such as a .vmx: they are kept with its configuration.
+	Attached []string
 }
 
 // Source gives VMs that are made of image files.
@@ -73,7 +76,7 @@ func (s *Source) Freeze(_ context.Context, name string) (backup.Snapshot, error)
 		if vm.Name != name {
 			continue
 		}
-		snap := &snapshot{name: name, at: time.Now()}
+		snap := &snapshot{name: name, at: time.Now(), attached: vm.Attached}
 		for _, file := range vm.Files {
 			d, err := s.open(file)
 			if err != nil {
@@ -120,9 +123,10 @@ func (s *Source) open(file string) (*disk, error) {
 }
 
 type snapshot struct {
-	name  string
-	at    time.Time
-	disks []*disk
+	name     string
+	at       time.Time
+	disks    []*disk
+	attached []string
 }
 
 var _ backup.Snapshot = (*snapshot)(nil)
@@ -179,7 +183,40 @@ func (s *snapshot) Config(context.Context) ([]backup.ConfigFile, error) {
 		out.Disks = append(out.Disks, sd)
 	}
 	b, err := json.MarshalIndent(out, "", "  ")
-	return []backup.ConfigFile{{Name: "imagefile.json", Data: append(b, '\n')}}, err
+	if err != nil {
+		return nil, err
+	}
+	files := []backup.ConfigFile{{Name: sourceName, Data: append(b, '\n')}}
+	for _, path := range s.attached {
+		f, err := readAttached(path)
+		if err != nil {
+			return nil, fmt.Errorf("imagefile: %w", err)
+		}
+		if slices.ContainsFunc(files, func(o backup.ConfigFile) bool { return o.Name == f.Name }) {
+			return nil, fmt.Errorf("imagefile: two files of the configuration would be called %s", f.Name)
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+// sourceName is the file of the configuration that says where the disks are from.
+const sourceName = "imagefile.json"
+
+// maxAttached is the largest file that may be attached, bytes: it is held in memory.
+const maxAttached = 64 << 20
+
+func readAttached(path string) (backup.ConfigFile, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return backup.ConfigFile{}, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxAttached+1))
+	if err == nil && len(data) > maxAttached {
+		err = fmt.Errorf("%s is larger than %d MiB", path, maxAttached>>20)
+	}
+	return backup.ConfigFile{Name: filepath.Base(path), Data: data}, err
 }
 
 // Close closes the files.

@@ -77,6 +77,12 @@ func runBackup(ctx context.Context, c *call) error {
 			return withHint(usagef("%v", err), "name the VM with --vm")
 		}
 	}
+	if attached := c.StringSlice("attach"); len(attached) > 0 {
+		if len(vms) > 1 {
+			return withHint(usagef("backup: --attach is about one VM, not %d", len(vms)), "name the VM that the files are disks of with --vm")
+		}
+		vms[0].Attached = attached
+	}
 	src := imagefile.New(vms...)
 	src.AllowOutsideBacking = c.Bool("allow-outside-backing")
 	began := time.Now()
