@@ -196,13 +196,17 @@ func DefaultCache() string {
 }
 
 // debianTarball returns a minimal Debian tree of the host's release, made by
-// debootstrap from the mirror that the host's apt uses.
-func debianTarball(ctx context.Context, cache string) (string, error) {
+// debootstrap from the mirror that the host's apt uses, with further packages.
+func debianTarball(ctx context.Context, cache string, packages ...string) (string, error) {
 	m, err := findMirror("/etc")
 	if err != nil {
 		return "", err
 	}
-	tarball := filepath.Join(cache, fmt.Sprintf("%s-minbase-%s.tar", m.suite, runtime.GOARCH))
+	kind := "minbase"
+	if len(packages) > 0 {
+		kind = "boot"
+	}
+	tarball := filepath.Join(cache, fmt.Sprintf("%s-%s-%s.tar", m.suite, kind, runtime.GOARCH))
 	if _, err := os.Stat(tarball); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return tarball, err
 	}
@@ -213,16 +217,19 @@ func debianTarball(ctx context.Context, cache string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	err = makeTarball(ctx, m, work, tarball)
+	err = makeTarball(ctx, m, work, tarball, packages)
 	// debootstrap mounts /proc in its tree, and when stopped leaves it there.
 	return tarball, errors.Join(err, Clean(work))
 }
 
-func makeTarball(ctx context.Context, m mirror, work, tarball string) error {
+func makeTarball(ctx context.Context, m mirror, work, tarball string, packages []string) error {
 	tree, tmp := filepath.Join(work, "tree"), filepath.Join(work, "tree.tar")
 	args := []string{"debootstrap", "--variant=minbase"}
 	if m.keyring != "" {
 		args = append(args, "--keyring="+m.keyring)
+	}
+	if len(packages) > 0 {
+		args = append(args, "--include="+strings.Join(packages, ","))
 	}
 	if _, err := command.Run(ctx, append(args, m.suite, tree, m.uri)...); err != nil {
 		return err
