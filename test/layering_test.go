@@ -31,6 +31,7 @@ var mayImport = map[string][]string{
 	"fs/fuse":            {"fs", "store"},
 	"fs/nfs":             {"fs", "store"},
 	"fs/boot":            {"fs", "store"},
+	"fs/boot/...":        {"fs/boot"},
 	"test/...":           {"..."},
 }
 

@@ -28,7 +28,7 @@ func commands() []command {
 			run:   runInit,
 		},
 		{
-			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--full] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
+			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
 			short: "back up disk image files",
 			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
 				"Files are raw or qcow2, told by their first bytes; one that ends in .raw is raw.\n" +
@@ -39,6 +39,7 @@ func commands() []command {
 				&cli.StringFlag{Name: "vm", Usage: "`NAME` of the VM that the disks belong to"},
 				&cli.StringSliceFlag{Name: "tag", Usage: "`TEXT` to keep with the restore point; may be repeated"},
 				&cli.StringFlag{Name: "lock-for", Usage: "let nobody forget the point for this `DURATION`, such as 30d, 36h, 1y6m; cannot be taken back"},
+				&cli.StringSliceFlag{Name: "attach", TakesFile: true, Usage: "`FILE` about the VM to keep with its configuration, such as its .vmx or NVRAM; may be repeated"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "full", Usage: "read everything, whatever the last restore point says"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "allow-outside-backing",
 					Usage: "follow backing file names that are absolute or lead out of the image's directory"},
@@ -114,6 +115,15 @@ func commands() []command {
 		{
 			name: "umount", usage: "DIR", short: "end a mount",
 			min: 1, max: 1, completes: files, run: runUmount,
+		},
+		{
+			name:  "boot",
+			usage: "POINT --on qemu [--background] | ls | stop NAME [--keep] | resume NAME | commit NAME | migrate NAME --to FILE",
+			short: "run the VM of a restore point",
+			long:  bootHelp,
+			min:   1, max: 2, completes: words{list: bootActions()},
+			flags: bootFlags(),
+			needs: needConfig, check: checkBoot, run: runBoot,
 		},
 		{
 			name: "verify", usage: "[POINT...] [--read-data [--resume] | --read-data-subset 5%] [--limit-rate 50M]",

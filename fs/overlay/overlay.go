@@ -344,3 +344,15 @@ func (d *Disk) Close() error {
 	d.closed = true
 	return errors.Join(d.sync(), files{d.data, d.blocks.f, d.head}.close())
 }
+
+// StoredIn is the bytes that the overlay in dir takes up on its file system, whether it is open or not; 0 when
+// there is none.
+func StoredIn(dir string) (n int64) {
+	for _, name := range []string{dataName, mapName, headName} {
+		var st unix.Stat_t
+		if unix.Stat(filepath.Join(dir, name), &st) == nil {
+			n += st.Blocks * 512
+		}
+	}
+	return n
+}

@@ -1,0 +1,548 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/fs/boot"
+	"github.com/holdfast-backup/holdfast/fs/boot/qemu"
+	"github.com/holdfast-backup/holdfast/store"
+)
+
+const bootHelp = `boot POINT --on qemu   run the VM of a restore point, within seconds; what it writes goes to an overlay, the
+                       point stays as it is. It has no network unless --network says so.
+boot ls                list the VMs that were booted
+boot stop NAME         end one, and drop what it wrote; with --keep only end it
+boot resume NAME       run one again that was kept, or serve its disks again when holdfast was ended
+boot commit NAME       make a new restore point of what it is now; only what it wrote is stored
+boot migrate NAME --to FILE
+                       move its disk to a raw file while it runs, and let it go on from there
+boot screenshot NAME --to FILE
+                       what is on its screen, as PNG
+Without --background it runs until the VM ends, SIGINT or SIGTERM, which shut the VM down; what it wrote is kept.
+` + pointHelp
+
+// bootActions are what boot takes besides a point.
+func bootActions() []string {
+	return []string{"ls", "stop", "resume", "commit", "migrate", "screenshot"}
+}
+
+func bootFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "on", Usage: "`HOST` that runs the VM: qemu, on this computer"},
+		&cli.StringFlag{Name: "name", Usage: "`NAME` of the boot; that of the VM by default"},
+		&cli.BoolFlag{DisableDefaultText: true, Name: "background", Usage: "return as soon as the VM runs"},
+		&cli.StringFlag{Name: "memory", Usage: "`SIZE` of its memory, such as 4G; as the VM had, or 2G"},
+		&cli.IntFlag{Name: "cpus", Usage: "`NUMBER` of its processors; as the VM had, or 2"},
+		newChoiceFlag("firmware", "`KIND` of firmware", "auto", "bios", "uefi"),
+		newChoiceFlag("bus", "`BUS` of its disks, auto as the VM had, or sata", "auto", "sata", "ide", "nvme", "virtio", "virtio-scsi", "pvscsi", "lsisas"),
+		&cli.StringFlag{Name: "network", Value: "none", Usage: "`NETWORK` that its cards are plugged into: none, user, bridge:NAME"},
+		&cli.StringFlag{Name: "vnc", Usage: "`ADDRESS` where its screen is shown, HOST:PORT with a port from 5900 on; anybody may connect"},
+		&cli.StringFlag{Name: "boots", EnvVars: []string{"HOLDFAST_BOOTS"}, TakesFile: true, Usage: "`DIR` where boots are kept, with what the VMs write"},
+		&cli.BoolFlag{DisableDefaultText: true, Name: "keep", Usage: "stop: keep what the VM wrote"},
+		&cli.DurationFlag{Name: "patience", Value: time.Minute, Usage: "`TIME` that the VM has to shut down before it is switched off; 0s: none"},
+		&cli.StringSliceFlag{Name: "tag", Usage: "commit: `TEXT` to keep with the restore point; may be repeated"},
+		&cli.StringFlag{Name: "to", TakesFile: true, Usage: "migrate, screenshot: `FILE` to make"},
+		&cli.StringFlag{Name: "disk", Usage: "migrate: `DISK`, when there are several"},
+	}
+}
+
+// bootTakes lists the flags of each action; boot POINT takes those of "".
+func bootTakes(action string) []string {
+	switch action {
+	case "stop":
+		return []string{"boots", "keep", "patience"}
+	case "resume":
+		return []string{"boots", "background", "patience"}
+	case "commit":
+		return []string{"boots", "tag"}
+	case "migrate":
+		return []string{"boots", "to", "disk"}
+	case "screenshot":
+		return []string{"boots", "to"}
+	case "ls":
+		return []string{"boots"}
+	}
+	return []string{"on", "name", "background", "memory", "cpus", "firmware", "bus", "network", "vnc", "boots", "patience"}
+}
+
+// bootAction splits the arguments: an action and what follows, or "" and a point.
+func (c *call) bootAction() (action string, rest []string) {
+	if slices.Contains(bootActions(), c.args[0]) {
+		return c.args[0], c.args[1:]
+	}
+	return "", c.args
+}
+
+func checkBoot(c *call) error {
+	action, rest := c.bootAction()
+	want, what := 1, "boot "+action
+	if action == "ls" {
+		want = 0
+	}
+	switch {
+	case len(rest) < want:
+		return withHint(usagef("%s: which one?", what), "'holdfast boot ls' shows the names")
+	case len(rest) > want:
+		return usagef("%s: too many arguments", strings.TrimSpace(what))
+	}
+	takes := bootTakes(action)
+	for _, f := range bootFlags() {
+		name := f.Names()[0]
+		if c.IsSet(name) && !slices.Contains(takes, name) && os.Getenv("HOLDFAST_"+strings.ToUpper(name)) == "" {
+			return usagef("%s takes no --%s", strings.TrimSpace(what), name)
+		}
+	}
+	switch action {
+	case "":
+		if on := c.String("on"); on == "" {
+			return usagef("boot: on what? --on is missing")
+		} else if on != "qemu" {
+			return withHint(usagef("boot: no host %q", on), "this build knows qemu")
+		}
+		if _, err := c.bootMemory(); err != nil {
+			return err
+		}
+		if n := c.Int("cpus"); n < 0 || n > 255 {
+			return usagef("boot: --cpus: %d", n)
+		}
+	case "migrate", "screenshot":
+		if c.String("to") == "" {
+			return usagef("boot %s: where to? --to is missing", action)
+		}
+	}
+	return nil
+}
+
+func runBoot(ctx context.Context, c *call) error {
+	switch action, rest := c.bootAction(); action {
+	case "ls":
+		return c.listBoots(ctx)
+	case "stop":
+		return c.stopBoot(ctx, rest[0])
+	case "resume":
+		return c.resumeBoot(ctx, rest[0])
+	case "commit":
+		return c.commitBoot(ctx, rest[0])
+	case "migrate":
+		return c.migrateBoot(ctx, rest[0])
+	case "screenshot":
+		return c.shootBoot(ctx, rest[0])
+	}
+	return c.bootPoint(ctx)
+}
+
+// bootsDir is where boots are kept.
+func (c *call) bootsDir() (string, error) {
+	if dir := c.String("boots"); dir != "" {
+		return filepath.Abs(dir)
+	}
+	if os.Geteuid() == 0 {
+		return "/var/lib/holdfast/boots", nil
+	}
+	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) { // XDG Base Directory Specification 0.8
+		return filepath.Join(dir, "holdfast", "boots"), nil
+	}
+	home, err := os.UserHomeDir()
+	return filepath.Join(home, ".local", "state", "holdfast", "boots"), err
+}
+
+func (c *call) findBoot(name string) (*boot.State, error) {
+	root, err := c.bootsDir()
+	if err != nil {
+		return nil, err
+	}
+	return boot.Find(root, name)
+}
+
+func (c *call) bootMemory() (int64, error) {
+	s := c.String("memory")
+	if s == "" {
+		return 0, nil
+	}
+	n, err := byteSize(s)
+	if err != nil || n < 32<<20 {
+		return 0, usagef("--memory: %q is no size of a memory", s)
+	}
+	return n, nil
+}
+
+func (c *call) bootPoint(ctx context.Context) error {
+	if err := c.resolve(needRepository); err != nil {
+		return err
+	}
+	if !inBackground() && c.Bool("background") {
+		return c.bootInBackground(ctx, c.bootWords())
+	}
+	say := reporter()
+	err := c.withRepo(ctx, func(r *store.Repo) error {
+		root, err := c.bootsDir()
+		if err != nil {
+			return err
+		}
+		sum, err := r.Find(ctx, c.args[0])
+		if err != nil {
+			return err
+		}
+		host := &qemu.Host{}
+		opt, err := c.machineOf(ctx, r, sum.ID, host)
+		if err != nil {
+			return err
+		}
+		s, err := boot.Create(ctx, root, r, sum.ID, opt)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		err = c.serveBoot(ctx, s, host, say)
+		if err != nil && !s.Started() {
+			// Nothing ran yet: nothing is lost.
+			err = errors.Join(err, s.Close(), s.Remove())
+		}
+		return err
+	})
+	say("", err)
+	return err
+}
+
+// bootWords is the command line for the process in the background.
+func (c *call) bootWords() []string {
+	words := []string{"boot"}
+	for _, name := range []string{"on", "name", "memory", "cpus", "firmware", "bus", "network", "vnc", "boots"} {
+		if c.IsSet(name) {
+			words = append(words, "--"+name+"="+fmt.Sprint(c.Value(name)))
+		}
+	}
+	return append(words, "--patience="+c.Duration("patience").String(), "--", c.args[0])
+}
+
+// bootInBackground leaves a process that serves the VM and says which it is.
+func (c *call) bootInBackground(ctx context.Context, words []string) error {
+	id, _, err := c.goBackground(ctx, words)
+	if err != nil {
+		return err
+	}
+	if id == "" {
+		return errors.New("the process in the background ended before the VM ran")
+	}
+	s, err := c.findBoot(id)
+	if err != nil {
+		return err
+	}
+	return c.showBoot(s)
+}
+
+// serveBoot runs the VM of a session to its end.
+func (c *call) serveBoot(ctx context.Context, s *boot.Session, host boot.Host, say func(string, error)) error {
+	drop, err := s.Run(ctx, host, boot.RunOptions{
+		Ready: func(st *boot.State) {
+			if !inBackground() {
+				c.showBoot(st)
+				c.out.flush()
+			}
+			say(st.ID, nil)
+		},
+		Log: func(err error) { c.progress.warn("%s: %v", s.Name, err) },
+		Commit: func(ctx context.Context, s *boot.Session, tags []string) (any, error) {
+			return c.commitSession(ctx, s, tags)
+		},
+		Patience: c.Duration("patience"),
+	})
+	if err != nil || !drop {
+		if s.Started() && !inBackground() {
+			c.progress.note("%s has ended; what it wrote is kept: 'holdfast boot resume %s', 'boot commit %s' or 'boot stop %s'", s.Name, s.Name, s.Name, s.Name)
+		}
+		return err
+	}
+	return errors.Join(s.Close(), s.Remove())
+}
+
+// bootInfo is what is said of a boot.
+type bootInfo struct {
+	Type    string        `json:"type"` // "boot"
+	ID      string        `json:"id"`
+	Name    string        `json:"name"`
+	Point   store.PointID `json:"point"`
+	Path    string        `json:"path"`
+	Host    string        `json:"host"`
+	State   string        `json:"state"` // "running", "waiting" for its disks, "stopped"
+	Created time.Time     `json:"created"`
+	Dir     string        `json:"dir"`
+	PID     int           `json:"pid,omitempty"`
+	Stored  int64         `json:"bytes_overlay"`
+	Serial  string        `json:"serial"`
+	Log     string        `json:"serial_log"`
+	Screen  string        `json:"vnc"`
+	NBD     string        `json:"nbd"`
+}
+
+func infoOf(s *boot.State) bootInfo {
+	i := bootInfo{Type: "boot", ID: s.ID, Name: s.Name, Point: s.Point, Path: s.Path, Host: s.Host, Created: s.Created, Dir: s.Dir(),
+		PID: s.Process.PID, Serial: "unix:" + s.File(qemu.SerialSocket), Log: s.File(boot.SerialLog), Screen: s.Machine.VNC, NBD: "unix:" + s.File(boot.NBDSocket)}
+	if i.Screen == "" {
+		i.Screen = "unix:" + s.File(qemu.ScreenSocket)
+	}
+	i.State = "stopped"
+	switch alive := qemu.Runs(s); {
+	case alive && s.Served():
+		i.State = "running"
+	case alive:
+		i.State = "waiting"
+	}
+	i.Stored = s.Stored()
+	return i
+}
+
+// showBoot says how a VM that runs can be reached.
+func (c *call) showBoot(s *boot.State) error {
+	i := infoOf(s)
+	c.out.line("%s: %s runs in %s, from %s", i.Name, i.Path, i.Host, i.Dir)
+	c.out.line("  screen: %s", i.Screen)
+	c.out.line("  serial: %s, log %s", i.Serial, i.Log)
+	c.out.line("  end it with 'holdfast boot stop %s', which drops what it wrote", i.Name)
+	return c.out.object(i)
+}
+
+func (c *call) listBoots(context.Context) error {
+	root, err := c.bootsDir()
+	if err != nil {
+		return err
+	}
+	list, err := boot.List(root)
+	t := newTable("NAME", "POINT", "ON", "STATE", "SINCE", ">WRITTEN")
+	for _, s := range list {
+		i := infoOf(s)
+		t.row(i.Name, i.Path, i.Host, i.State, i.Created.Format("2006-01-02 15:04:05Z"), sizeText(i.Stored))
+		if err := c.out.object(i); err != nil {
+			return err
+		}
+	}
+	if len(t.rows) > 0 {
+		c.out.table(t)
+	}
+	return err
+}
+
+func (c *call) stopBoot(ctx context.Context, name string) error {
+	s, err := c.findBoot(name)
+	if err != nil {
+		return err
+	}
+	how := boot.StopRequest{Patience: c.Duration("patience"), Keep: c.Bool("keep")}
+	if s.Served() {
+		if err = s.AskStop(ctx, how); err == nil {
+			c.progress.detail("%s shuts down", s.Name)
+			err = s.AwaitEnd(ctx)
+		}
+	} else {
+		err = c.stopUnserved(ctx, s, how)
+	}
+	if err != nil {
+		return err
+	}
+	what := "dropped"
+	if how.Keep {
+		what = "kept"
+	}
+	c.out.line("%s has ended; what it wrote is %s", s.Name, what)
+	return c.out.object(struct {
+		Type string `json:"type"`
+		Name string `json:"name"`
+		Kept bool   `json:"kept"`
+	}{"boot stop", s.Name, how.Keep})
+}
+
+// stopUnserved ends a VM whose disks nobody serves: it cannot shut down, only be switched off.
+func (c *call) stopUnserved(ctx context.Context, s *boot.State, how boot.StopRequest) error {
+	g, err := (&qemu.Host{}).Attach(ctx, s)
+	if err == nil {
+		err = g.Stop(ctx, 0)
+		g.Close()
+	}
+	if err != nil && !errors.Is(err, boot.ErrGone) {
+		return err
+	}
+	if how.Keep {
+		return nil
+	}
+	return s.Remove()
+}
+
+// useRepositoryOf takes the repository that a boot is of, unless the user named one.
+func (c *call) useRepositoryOf(s *boot.State) error {
+	if c.repoFlag == "" {
+		c.repoFlag = s.Repository
+	}
+	return c.resolve(needRepository)
+}
+
+func (c *call) resumeBoot(ctx context.Context, name string) error {
+	st, err := c.findBoot(name)
+	if err != nil {
+		return err
+	}
+	if err := c.useRepositoryOf(st); err != nil {
+		return err
+	}
+	if !inBackground() && c.Bool("background") {
+		words := []string{"boot", "resume", "--patience=" + c.Duration("patience").String()}
+		if c.IsSet("boots") {
+			words = append(words, "--boots="+c.String("boots"))
+		}
+		return c.bootInBackground(ctx, append(words, "--", st.ID))
+	}
+	say := reporter()
+	err = c.withRepo(ctx, func(r *store.Repo) error {
+		s, err := boot.Open(ctx, st, r)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		return c.serveBoot(ctx, s, &qemu.Host{}, say)
+	})
+	say("", err)
+	return err
+}
+
+func (c *call) migrateBoot(ctx context.Context, name string) error {
+	s, err := c.findBoot(name)
+	if err != nil {
+		return err
+	}
+	disk := c.String("disk")
+	if disk == "" && len(s.Machine.Disks) == 1 {
+		disk = s.Machine.Disks[0].Name
+	}
+	if disk == "" {
+		return withHint(usagef("boot migrate: %s has %d disks", s.Name, len(s.Machine.Disks)), "name one with --disk")
+	}
+	file, err := filepath.Abs(c.String("to"))
+	if err != nil {
+		return err
+	}
+	if _, err := os.Lstat(file); err == nil {
+		return fmt.Errorf("%s: %w", file, backup.ErrTargetExists)
+	}
+	var t *task
+	last := int64(0)
+	progress := func(done, total int64) {
+		if t == nil {
+			t = c.progress.task(s.Name+"/"+disk, "", total)
+		}
+		t.add(done - last)
+		last = done
+	}
+	if s.Served() {
+		err = s.AskMigrate(ctx, disk, file, progress)
+	} else {
+		err = c.withBoot(ctx, s, func(open *boot.Session) error { return open.Migrate(ctx, disk, file, progress) })
+	}
+	if t != nil {
+		t.end(err)
+	}
+	if err != nil {
+		return err
+	}
+	c.out.line("%s of %s is in %s", disk, s.Name, file)
+	return c.out.object(struct {
+		Type string `json:"type"`
+		Name string `json:"name"`
+		Disk string `json:"disk"`
+		File string `json:"file"`
+	}{"boot migrate", s.Name, disk, file})
+}
+
+// withBoot opens a session that nobody serves. Its VM must not run.
+func (c *call) withBoot(ctx context.Context, s *boot.State, fn func(*boot.Session) error) error {
+	if qemu.Runs(s) {
+		return withHint(fmt.Errorf("%s runs, but nobody serves its disks", s.Name), "'holdfast boot resume %s' does", s.Name)
+	}
+	if err := c.useRepositoryOf(s); err != nil {
+		return err
+	}
+	return c.withRepo(ctx, func(r *store.Repo) error {
+		open, err := boot.Open(ctx, s, r)
+		if err != nil {
+			return err
+		}
+		defer open.Close()
+		return fn(open)
+	})
+}
+
+func (c *call) shootBoot(ctx context.Context, name string) error {
+	s, err := c.findBoot(name)
+	if err != nil {
+		return err
+	}
+	file, err := filepath.Abs(c.String("to"))
+	if err != nil {
+		return err
+	}
+	if err := s.AskScreenshot(ctx, file); err != nil {
+		return err
+	}
+	return c.out.object(struct {
+		Type string `json:"type"`
+		Name string `json:"name"`
+		File string `json:"file"`
+	}{"boot screenshot", s.Name, file})
+}
+
+func (c *call) commitBoot(ctx context.Context, name string) error {
+	s, err := c.findBoot(name)
+	if err != nil {
+		return err
+	}
+	var p committed
+	if s.Served() {
+		err = p.ask(ctx, s, c.StringSlice("tag"))
+	} else {
+		err = c.withBoot(ctx, s, func(open *boot.Session) error {
+			got, err := c.commitSession(ctx, open, c.StringSlice("tag"))
+			if err == nil {
+				p = *got
+			}
+			return err
+		})
+	}
+	if err != nil {
+		return err
+	}
+	c.out.line("%s: %s read, %s stored", path.Join(p.VM, p.Name), sizeText(p.Read), sizeText(p.Stored))
+	return c.out.object(p)
+}
+
+// nvramNames are the files of a configuration that may hold variables of UEFI.
+func isNVRAM(name string) bool {
+	ext := strings.ToLower(path.Ext(name))
+	return ext == ".fd" || ext == ".nvram" || path.Base(name) == boot.NVRAMFile
+}
+
+// configOf reads a file of a point's configuration.
+func configOf(r *store.Repo, p *store.Point, f *store.ConfigFile) ([]byte, error) {
+	const limit = 64 << 20
+	if f.Size > limit {
+		return nil, fmt.Errorf("%s of %s is too large: %w", f.Name, p.Path(), fs.ErrInvalid)
+	}
+	img, err := r.OpenConfig(p, f.Name)
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, f.Size)
+	if n, err := img.ReadAt(b, 0); n < len(b) {
+		return nil, err
+	}
+	return b, nil
+}
