@@ -7,6 +7,7 @@ set -euo pipefail
 declare -A need=(
   [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs
   [fuser]=psmisc [sgdisk]=gdisk [losetup]=mount
+  [qemu-system-x86_64]=qemu-system-x86 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish
   [python3]=python3
   [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
@@ -14,6 +15,14 @@ declare -A need=(
 missing=()
 for program in "${!need[@]}"; do
   PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing+=("${need[$program]}")
+done
+# file => Debian package
+declare -A files=(
+  [/usr/lib/grub/i386-pc/boot.img]=grub-pc-bin [/usr/lib/grub/x86_64-efi/fat.mod]=grub-efi-amd64-bin
+  [/usr/share/OVMF/OVMF_CODE_4M.fd]=ovmf
+)
+for file in "${!files[@]}"; do
+  [ -e "$file" ] || missing+=("${files[$file]}")
 done
 /usr/bin/python3 -c 'import prometheus_client' 2>/dev/null || missing+=(python3-prometheus-client)
 [ ${#missing[@]} -eq 0 ] && exit 0

@@ -129,11 +129,20 @@ func (f *lossyFile) cut(p *power) *lossyFile {
 }
 
 func lossyFiles(p *power) files {
-	return files{data: &lossyFile{power: p}, blocks: &lossyFile{power: p}, head: &lossyFile{power: p}}
+	return files{data: &lossyFile{power: p}, blocks: &lossyFile{power: p}, head: &lossyFile{power: p}, live: &lossyFile{power: p}, boot: "first"}
 }
 
 func (f files) cut(p *power) files {
-	return files{f.data.(*lossyFile).cut(p), f.blocks.(*lossyFile).cut(p), f.head.(*lossyFile).cut(p)}
+	return files{f.data.(*lossyFile).cut(p), f.blocks.(*lossyFile).cut(p), f.head.(*lossyFile).cut(p), f.live.(*lossyFile).cut(p), f.boot + "+"}
+}
+
+// killed is what the files hold when the process is gone and the system is not.
+func (f files) killed(p *power) files {
+	take := func(f file) *lossyFile {
+		o := f.(*lossyFile)
+		return &lossyFile{power: p, now: o.now, synced: o.synced, ops: o.ops}
+	}
+	return files{take(f.data), take(f.blocks), take(f.head), take(f.live), f.boot}
 }
 
 // runs is how often the random tests run.
@@ -369,4 +378,87 @@ func TestPowerCutResize(t *testing.T) {
 			t.Fatalf("seed %d: %d bytes, of %d or %d", seed, len(got), len(want), len(next))
 		}
 	}
+}
+
+// TestKilled kills the process in the middle of some call, several times in a row: what was
+// answered is there, flushed or not. Then the power goes: what was flushed is there.
+func TestKilled(t *testing.T) {
+	const size = 40*Block + 700
+	kills := 0
+	for seed := range uint64(runs(t)) {
+		r := rand.New(rand.NewPCG(seed, 6))
+		image := someImage(r, size)
+		p := &power{left: -1, rnd: r}
+		f := lossyFiles(p)
+		d, err := create(f, image, head{seq: 1, size: size, limit: size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		now := bytes.Clone(image.b)
+		may := newMaybe(now)
+		for range 1 + r.IntN(4) {
+			p.left = 1 + r.IntN(60)
+			var off, n int64
+			for err == nil {
+				off = r.Int64N(size)
+				n = min(size-off, 1+r.Int64N([]int64{unit, 3 * Block, 9 * Block}[r.IntN(3)]))
+				data := make([]byte, n)
+				switch r.IntN(8) {
+				case 0:
+					off, n = 0, 0
+					if err = d.Flush(); err == nil {
+						may.settle()
+					}
+					continue
+				case 1, 2:
+					err = d.Zero(off, n, r.IntN(2) == 0)
+				default:
+					fillRandom(r, data)
+					_, err = d.WriteAt(data, off)
+				}
+				may.add(off, data)
+				if err == nil {
+					copy(now[off:], data)
+				}
+			}
+			if !errors.Is(err, errCut) {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+			kills++
+			p = &power{left: -1, rnd: r}
+			f = f.killed(p)
+			if d, err = open(f, image, ""); err != nil {
+				t.Fatalf("seed %d: opened after a kill: %v", seed, err)
+			}
+			got := make([]byte, size)
+			if _, err = d.ReadAt(got, 0); err != nil && err != io.EOF {
+				t.Fatal(err)
+			}
+			err = nil
+			copy(now[off:off+n], got[off:off+n]) // what was going on may have come to pass in part
+			if !bytes.Equal(got, now) {
+				t.Fatalf("seed %d: after a kill the disk differs from what was answered from byte %d", seed, firstDifference(got, now))
+			}
+			for i := range may.sectors { // the same in may
+				may.sectors[i] = append(may.sectors[i], bytes.Clone(got[i*unit:min((i+1)*unit, size)]))
+			}
+		}
+		if seed%2 == 0 {
+			if err := d.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			may = newMaybe(now)
+		}
+		if d, err = open(f.cut(&power{left: -1, rnd: r}), image, ""); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		got := make([]byte, size)
+		if _, err := d.ReadAt(got, 0); err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+		if err := may.check(got); err != nil {
+			t.Fatalf("seed %d: after a power cut: %v", seed, err)
+		}
+	}
+	t.Logf("%d runs, %d kills", runs(t), kills)
 }

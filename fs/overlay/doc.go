@@ -8,11 +8,12 @@
 //	d.Close()
 //	d, err = overlay.Open(dir, image, overlay.Options{Base: "id of the image"})
 //
-// The directory has three files:
+// The directory has four files:
 //
 //	data    sparse; a block of the disk, 4096 bytes, lies at its own offset
 //	map     which blocks are in data, see below
 //	head    size of the disk and which image it is over, twice
+//	live    which blocks are in data and not in the map yet
 //
 // A block of which the map says that it is in data and that is a hole there reads as zeros: that is
 // what Zero and Trim leave.
@@ -41,12 +42,26 @@
 // limit is up to where the image is still to be seen: what a Resize to less once cut off reads as
 // zeros when the disk grows again.
 //
+// # live
+//
+// A guest goes on when the process that serves its disk is killed, and has it back from another one. So a
+// write that was answered must not be lost then, flushed or not. The data are in the page cache, which outlives the process;
+// their bits must not be written to the map before the data are on the disk. They are written to live, never synced:
+//
+//	+-------------+-------------------+----------+----------------------------------+
+//	| "HFLIVE1" 8 | boot id           | zeros to | at (n+1)·512: 8 zeros and the    |
+//	|             | of the system, 37 | byte 512 | bits of sector n of the map      |
+//	+-------------+-------------------+----------+----------------------------------+
+//
+// It counts while the operating system is the one that it was written under, by its boot id
+// (/proc/sys/kernel/random/boot_id). After a restart of the system it is ignored: what it says may not be so.
+//
 // # What it promises
 //
 // Flush makes everything durable that was written, zeroed or trimmed before it was called: first
 // data is synced, then the sectors of the map that changed are written and synced. So a block is never taken
-// from data before it is there. What was not flushed may be there or not after a crash, block by block, as
-// on any disk. A write to a block that is in data already goes in place, as on any disk, too.
+// from data before it is there. What was answered is there after the death of the process. What was not flushed may be
+// there or not after a power cut, block by block, as on any disk. A write to a block that is in data already goes in place, as on any disk, too.
 //
 // No lock is held across I/O, with one exception: the first write to a block excludes other first
 // writes to the same block. All methods are safe for concurrent use. A block is read from the image, or it is an error;

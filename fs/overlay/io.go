@@ -107,7 +107,7 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	}
 	n, err := d.write(p, off)
 	if err == nil {
-		d.blocks.set(from, to)
+		err = d.blocks.set(from, to)
 	}
 	return n, err
 }
@@ -203,7 +203,10 @@ func (d *Disk) zeroIn(off, n int64) error {
 		if err := d.copyUp(block, off, n); err != nil {
 			return err
 		}
-		defer d.blocks.set(block, block+1)
+		if _, err := d.write(zeros[:n], off); err != nil {
+			return err
+		}
+		return d.blocks.set(block, block+1)
 	}
 	_, err := d.write(zeros[:n], off)
 	return err
@@ -234,7 +237,7 @@ func (d *Disk) zeroBlocks(from, to int64, punch bool) error {
 			busy := d.first.take(e.Off/Block, roundUp(e.End())/Block)
 			err = d.zeroRun(e.Off/Block, roundUp(e.End())/Block, punch)
 			if err == nil {
-				d.blocks.set(e.Off/Block, roundUp(e.End())/Block)
+				err = d.blocks.set(e.Off/Block, roundUp(e.End())/Block)
 			}
 			d.first.give(busy)
 			if err != nil {

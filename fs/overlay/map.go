@@ -30,11 +30,13 @@ var ErrDamaged = errors.New("overlay is damaged")
 // blockMap is which blocks are in data. Looking is without locks.
 type blockMap struct {
 	f       file
+	live    file                          // bits that are not written yet
 	blocks  int64                         // of the disk, rounded up
 	sectors []atomic.Pointer[mapSectorOf] // nil: no block of it is in data
 
-	mu    sync.Mutex // guards following, and setting bits
-	dirty map[int64]bool
+	mu      sync.Mutex // guards following, and setting bits
+	dirty   map[int64]bool
+	scratch [mapSector]byte
 }
 
 // mapSectorOf is a sector in memory.
@@ -155,12 +157,37 @@ func (m *blockMap) run(block, limit int64) (n int64, in bool) {
 	return min(n, limit), in
 }
 
-// set marks blocks as in data.
-func (m *blockMap) set(from, to int64) { m.change(from, to, true) }
-
-func (m *blockMap) change(from, to int64, in bool) {
+// set marks blocks as in data, in memory and in live.
+func (m *blockMap) set(from, to int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.change(from, to, true)
+	for from < to { // what is written of a word must not overtake what is written of it later: hence under the lock
+		i, first := from/mapBlocks, from%mapBlocks/64
+		n := min(to-from, mapBlocks-from%mapBlocks)
+		last := (from%mapBlocks + n - 1) / 64
+		s := m.sectors[i].Load()
+		b := m.scratch[:0]
+		for w := first; w <= last; w++ {
+			b = binary.LittleEndian.AppendUint64(b, s[w].Load())
+		}
+		if _, err := m.live.WriteAt(b, liveAt(i)+8*first); err != nil {
+			return err
+		}
+		from += n
+	}
+	return nil
+}
+
+// clear marks blocks as not in data. Nobody else is there, and live is to be made anew.
+func (m *blockMap) clear(from, to int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.change(from, to, false)
+}
+
+// change sets or clears bits. m.mu is held.
+func (m *blockMap) change(from, to int64, in bool) {
 	for from < to {
 		i, bit := from/mapBlocks, from%mapBlocks
 		n := min(to-from, 64-bit%64)

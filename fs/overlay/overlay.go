@@ -50,6 +50,7 @@ type Disk struct {
 	image  Image
 	data   file
 	head   file
+	boot   string
 	blocks *blockMap
 	first  ranges // first writes
 
@@ -72,6 +73,7 @@ const (
 	dataName = "data"
 	mapName  = "map"
 	headName = "head"
+	liveName = "live"
 )
 
 // Create makes an overlay in dir, which it makes, too, and opens it. An error that is
@@ -115,7 +117,8 @@ func create(f files, image Image, h head) (*Disk, error) {
 	if err := writeHead(f.head, h); err != nil {
 		return nil, err
 	}
-	return newDisk(f, image, h), nil
+	d := newDisk(f, image, h)
+	return d, d.blocks.adopt(f.live, f.boot)
 }
 
 // Open opens an overlay. ErrOtherBase, ErrBusy, ErrDamaged; os.ErrNotExist when there is none.
@@ -151,24 +154,38 @@ func open(f files, image Image, base string) (*Disk, error) {
 	if err := d.blocks.load(); err != nil {
 		return nil, err
 	}
+	// A process that was killed may have left what it had answered and not flushed.
+	if err := d.blocks.adopt(f.live, f.boot); err != nil {
+		return nil, err
+	}
+	// Neither file may be synced; the map is never ahead of the data.
+	if err := errors.Join(f.data.Sync(), f.blocks.Sync()); err != nil {
+		return nil, err
+	}
 	// Bits past the end are of a Resize that was stopped, too.
-	d.blocks.change(d.blocks.blocks, int64(len(d.blocks.sectors))*mapBlocks, false)
+	d.blocks.clear(d.blocks.blocks, int64(len(d.blocks.sectors))*mapBlocks)
 	return d, nil
 }
 
 func newDisk(f files, image Image, h head) *Disk {
-	return &Disk{image: image, data: f.data, head: f.head, blocks: newBlockMap(f.blocks, h.size), state: h}
+	return &Disk{image: image, data: f.data, head: f.head, boot: f.boot, blocks: newBlockMap(f.blocks, h.size), state: h}
 }
 
 // files are the files of an overlay.
-type files struct{ data, blocks, head file }
+type files struct {
+	data, blocks, head, live file
+	boot                     string // see bootID
+}
 
 // openFiles opens them and keeps other processes away: flock(2).
 func openFiles(dir string, flag int) (f files, err error) {
 	for _, x := range []struct {
 		name string
 		to   *file
-	}{{headName, &f.head}, {mapName, &f.blocks}, {dataName, &f.data}} {
+	}{{headName, &f.head}, {mapName, &f.blocks}, {dataName, &f.data}, {liveName, &f.live}} {
+		if x.to == &f.live { // it may be lost
+			flag = os.O_RDWR | os.O_CREATE
+		}
 		o, err := os.OpenFile(filepath.Join(dir, x.name), flag, 0o600)
 		if err != nil {
 			f.close()
@@ -186,12 +203,16 @@ func openFiles(dir string, flag int) (f files, err error) {
 			return files{}, err
 		}
 	}
-	return f, nil
+	f.boot, err = bootID()
+	if err != nil {
+		f.close()
+	}
+	return f, err
 }
 
 func (f files) close() error {
 	var errs []error
-	for _, x := range []file{f.data, f.blocks, f.head} {
+	for _, x := range []file{f.data, f.blocks, f.head, f.live} {
 		if x != nil {
 			errs = append(errs, x.Close())
 		}
@@ -312,7 +333,10 @@ func (d *Disk) Resize(size int64) error {
 		return nil
 	}
 	// Should the rest not be done, Open does it.
-	d.blocks.change(d.blocks.blocks, was, false)
+	d.blocks.clear(d.blocks.blocks, was)
+	if err := errors.Join(d.sync(), d.blocks.forget(d.boot)); err != nil {
+		return fmt.Errorf("overlay: resize: %w", err)
+	}
 	if err := d.data.Truncate(roundUp(size)); err != nil {
 		return fmt.Errorf("overlay: resize: %w", err)
 	}
@@ -342,13 +366,13 @@ func (d *Disk) Close() error {
 		return nil
 	}
 	d.closed = true
-	return errors.Join(d.sync(), files{d.data, d.blocks.f, d.head}.close())
+	return errors.Join(d.sync(), files{data: d.data, blocks: d.blocks.f, head: d.head, live: d.blocks.live}.close())
 }
 
 // StoredIn is the bytes that the overlay in dir takes up on its file system, whether it is open or not; 0 when
 // there is none.
 func StoredIn(dir string) (n int64) {
-	for _, name := range []string{dataName, mapName, headName} {
+	for _, name := range []string{dataName, mapName, headName, liveName} {
 		var st unix.Stat_t
 		if unix.Stat(filepath.Join(dir, name), &st) == nil {
 			n += st.Blocks * 512
