@@ -69,14 +69,15 @@ func (s *serial) await(text string, limit time.Duration) bool {
 func (s *serial) do(t *testing.T, command string) string {
 	t.Helper()
 	s.n++
-	// The mark that is awaited is not in what the terminal echoes.
-	fmt.Fprintf(s.conn, "%s && echo wor''ked%d || echo fai''led%d; true\n", command, s.n, s.n)
-	mark := fmt.Sprintf("ed%d\r\n", s.n)
-	if !s.await(mark, 2*time.Minute) || !strings.Contains(s.said.String(), "worked"+mark[2:]) {
+	// The marks that are awaited are not in what the terminal echoes.
+	fmt.Fprintf(s.conn, "echo be''gin%d; %s && echo wor''ked%d || echo fai''led%d; true\n", s.n, command, s.n, s.n)
+	if !s.await(fmt.Sprintf("ed%d\r\n", s.n), 2*time.Minute) {
 		t.Fatalf("%q in the guest:\n%.4000s", command, s.said.String())
 	}
-	out := strings.ReplaceAll(s.said.String(), "\r", "")
-	_, out, _ = strings.Cut(out, "\n")
-	out, _, _ = strings.Cut(out, "worked"+mark[2:len(mark)-2])
+	_, out, _ := strings.Cut(strings.ReplaceAll(s.said.String(), "\r", ""), fmt.Sprintf("begin%d\n", s.n))
+	out, _, worked := strings.Cut(out, fmt.Sprintf("worked%d\n", s.n))
+	if !worked {
+		t.Fatalf("%q failed in the guest:\n%.4000s", command, s.said.String())
+	}
 	return out
 }
