@@ -41,7 +41,8 @@ type Source interface {
 type File interface {
 	Source
 	// AllocatedBytes is what the file would occupy if stored sparsely with
-	// whole blocks (VHDX: 32 MiB, VMDK and qcow2: 64 KiB); it costs nothing.
+	// whole blocks (VHDX: 32 MiB, VHD: 2 MiB, VMDK and qcow2: 64 KiB); it costs
+	// nothing.
 	AllocatedBytes() int64
 }
 

@@ -462,3 +462,17 @@ func FuzzVHD(f *testing.F) {
 		tryReads(t, img, err, off, n)
 	})
 }
+
+// QEMU makes a disk as large as its geometry, by the same algorithm: for such
+// sizes ours must be the geometry that QEMU wrote.
+func TestVHDGeometry(t *testing.T) {
+	dir := t.TempDir()
+	for _, size := range []string{"4M", "34M", "35M", "40M", "100M", "260M", "504M", "510M", "1G", "8G", "31G", "33G", "100G", "126G"} {
+		mustQEMU(t, dir, "qemu-img", "create", "-q", "-f", "vpc", "-o", "force_size=off", "x", size)
+		foot := readFile(t, filepath.Join(dir, "x"))[:512]
+		c, h, s := vhdGeometry(int64(binary.BigEndian.Uint64(foot[48:])) / 512)
+		if got := []byte{byte(c >> 8), byte(c), byte(h), byte(s)}; !bytes.Equal(got, foot[56:60]) {
+			t.Errorf("%s: geometry %x, QEMU wrote %x", size, got, foot[56:60])
+		}
+	}
+}

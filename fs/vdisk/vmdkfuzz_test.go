@@ -2,6 +2,7 @@ package vdisk
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"testing"
@@ -23,6 +24,11 @@ func smallESX(sectors, grain int64) esxDisk {
 
 // packedVMDK is a stream with two grains, whose directory the footer knows.
 func packedVMDK() []byte {
+	return packedVMDKOf(func(n int) []byte { return bytes.Repeat([]byte("grain!! "), 1024)[:n] })
+}
+
+// packedVMDKOf takes what the grains of n bytes unpack to.
+func packedVMDKOf(grain func(n int) []byte) []byte {
 	text := deltaText("streamOptimized", "1", "ffffffff", "", `RW 40 SPARSE "x"`)
 	b := make([]byte, 512)
 	copy(b, "KDMV")
@@ -50,7 +56,7 @@ func packedVMDK() []byte {
 	for _, i := range []int64{0, 2} {
 		var z bytes.Buffer
 		w := zlib.NewWriter(&z)
-		w.Write(bytes.Repeat([]byte("grain!! "), 1024)[:min(16*512, 40*512-i*16*512)])
+		w.Write(grain(int(min(16*512, 40*512-i*16*512)))) // the last one ends with the disk
 		w.Close()
 		put32(table, int(i)*4, int64(len(b)/512))
 		m := make([]byte, 12)
@@ -198,6 +204,47 @@ func TestVMDKSeeds(t *testing.T) {
 		}
 		if n, err := img.ReadAt(make([]byte, 60*512), 0); n != 60*512 || err != nil && err != io.EOF {
 			t.Errorf("%s: %d, %v", kind, n, err)
+		}
+	}
+}
+
+// A grain unpacks to a grain, but for the last, which may end with the disk.
+func TestPackedGrains(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		grain  func(n int) []byte
+		change func(b []byte)
+		want   error
+	}{
+		{"good", func(n int) []byte { return make([]byte, n) }, nil, nil},
+		{"padded", func(int) []byte { return make([]byte, 16*512) }, nil, nil},
+		{"short", func(n int) []byte { return make([]byte, n-1) }, nil, ErrCorrupt},
+		{"long", func(int) []byte { return make([]byte, 16*512+1) }, nil, ErrCorrupt},
+		{"bomb", func(int) []byte { return make([]byte, 5*mib) }, nil, ErrCorrupt},
+		{"checksum", func(n int) []byte { return make([]byte, n) }, func(b []byte) {
+			b[1024+12+int(b[1024+8])-1] ^= 1
+		}, ErrCorrupt},
+		{"other grain", func(n int) []byte { return make([]byte, n) }, func(b []byte) { b[1024] = 16 }, ErrCorrupt},
+		{"no length", func(n int) []byte { return make([]byte, n) }, func(b []byte) { b[1024+8] = 0 }, ErrCorrupt},
+		{"long as the file", func(n int) []byte { return make([]byte, n) }, func(b []byte) { b[1024+9] = 0x40 }, ErrCorrupt},
+		{"long as 2 GiB", func(n int) []byte { return make([]byte, n) }, func(b []byte) { b[1024+11] = 0x7f }, ErrCorrupt},
+	} {
+		b := packedVMDKOf(c.grain)
+		if c.change != nil {
+			c.change(b)
+		}
+		img, err := OpenVMDK(bytes.NewReader(b), int64(len(b)), VMDKOptions{})
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		for _, n := range []int{40 * 512, 100} { // whole grains, and through the cache
+			_, err := img.ReadAt(make([]byte, n), 0)
+			if err == io.EOF {
+				err = nil
+			}
+			if !errors.Is(err, c.want) {
+				t.Errorf("%s: %v", c.name, err)
+			}
 		}
 	}
 }
