@@ -11,8 +11,12 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/store/extent"
 )
 
 // The checkers of this file hold computed files against the documents, also
@@ -168,6 +172,9 @@ func checkSparseVMDK(r io.ReaderAt, size, disk int64) error {
 			c.must(x != y && x > 20 && y > 20 && x+4 <= overhead && y+4 <= overhead, "table %d at %d and %d", i, x, y)
 			t := c.read(y*512, 2048)
 			c.must(bytes.Equal(t, c.read(x*512, 2048)), "the copies of table %d differ", i)
+			if len(bytes.Trim(t, "\x00")) == 0 {
+				continue
+			}
 			for j := range int64(512) {
 				if at := int64(le.Uint32(t[j*4:])); at != 0 {
 					c.must(i*512+j < grains && at == next, "grain %d at %d, expected at %d", i*512+j, at, next)
@@ -282,12 +289,20 @@ func fileBytes(t testing.TB, f File) []byte {
 	return b
 }
 
+// checkedLayouts leaves out what takes checkers too long: millions of entries
+// of tables, or under the race detector megabytes of bytes made and compared.
+func checkedLayouts() []layout {
+	return slices.DeleteFunc(layouts(), func(l layout) bool {
+		return l.disk.size > 3*tib || (raced || testing.Short()) && (l.disk.size > tib || extent.Total(l.disk.data) > 8*mib)
+	})
+}
+
 func TestFormatsAgainstDocuments(t *testing.T) {
-	for _, l := range layouts() {
+	for _, l := range checkedLayouts() {
 		t.Run(l.name, func(t *testing.T) {
 			t.Parallel()
 			disk := (l.disk.size + 511) / 512 * 512
-			for _, f := range formats() {
+			for _, f := range formatsFor(l) {
 				file, err := f.make(l.disk, "x.vmdk")
 				if f.name == "vhdx" || f.name == "qcow2" || f.name == "raw" || !f.fits(t, l.disk.size, err) {
 					continue
@@ -351,7 +366,7 @@ func TestFormatCheckersFindDamage(t *testing.T) {
 // What is written from beginning to end is the same disk for QEMU and for the
 // documents, the same bytes each time, and smaller.
 func TestWriteStreamOptimized(t *testing.T) {
-	for _, l := range layouts() {
+	for _, l := range checkedLayouts() {
 		t.Run(l.name, func(t *testing.T) {
 			t.Parallel()
 			var disk Source = l.disk
@@ -428,8 +443,10 @@ func TestWriteStreamOptimizedErrors(t *testing.T) {
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
-	if after := runtime.NumGoroutine(); after > before {
-		t.Errorf("%d goroutines are left", after-before)
+	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d goroutines are left", runtime.NumGoroutine()-before)
+		}
 	}
 }
 

@@ -15,7 +15,7 @@ import (
 // Random reads agree with the file that TestAgainstQEMU shows to QEMU.
 func TestReadsAnywhere(t *testing.T) {
 	for _, l := range layouts() {
-		for _, f := range formats() {
+		for _, f := range formatsFor(l) {
 			t.Run(f.name+"/"+l.name, func(t *testing.T) {
 				t.Parallel()
 				file, err := f.make(l.disk, "x.vmdk")
@@ -40,7 +40,7 @@ func TestReadsAnywhere(t *testing.T) {
 
 func TestAllocatedOfComputed(t *testing.T) {
 	for _, l := range layouts() {
-		for _, f := range formats() {
+		for _, f := range formatsFor(l) {
 			t.Run(f.name+"/"+l.name, func(t *testing.T) {
 				t.Parallel()
 				file, err := f.make(l.disk, "x.vmdk")

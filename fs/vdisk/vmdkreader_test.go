@@ -41,6 +41,9 @@ func TestReadsQEMUsVMDKs(t *testing.T) {
 			if disk.Size() > tib && k.name != "flat" && k.name != "sparse" {
 				continue // thousands of files, or minutes of compressing zeros
 			}
+			if disk.Size() == 5<<30+512 && !strings.HasPrefix(k.name, "split") {
+				continue // one extent, like the smaller ones
+			}
 			t.Run(k.name+"/"+name, func(t *testing.T) {
 				t.Parallel()
 				dir := t.TempDir()
