@@ -59,6 +59,9 @@ func formats() []format {
 // formatsFor has, for small disks, also what hardly differs from another format.
 func formatsFor(l layout) []format {
 	all := formats()
+	if raced && l.disk.size > tib {
+		return all[:3] // the others are as slow, and no other code
+	}
 	if l.disk.size <= 100*mib {
 		all = append(all, format{"fixed", func(src Source, _ string) (File, error) { return VHDFixed(src, testID) }})
 	}
