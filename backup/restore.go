@@ -40,7 +40,39 @@ var ErrTargetExists = errors.New("target exists")
 // RestoreFile writes img to a new file, sparse where img is zero. The file appears
 // under its name when all of it is on disk; an interrupted restore leaves a file with the ending
 // .partial, which the next one replaces. done is told the bytes dealt with, from several goroutines.
-func RestoreFile(ctx context.Context, img Image, name string, done func(int64)) (err error) {
+func RestoreFile(ctx context.Context, img Image, name string, done func(int64)) error {
+	return newFile(name, func(f *os.File) error {
+		if err := f.Truncate(img.Size()); err != nil {
+			return err
+		}
+		return copySparse(ctx, img, f, done)
+	})
+}
+
+// RestoreStream makes a new file of what write writes, as RestoreFile does.
+func RestoreStream(name string, write func(w io.Writer) error) error {
+	return newFile(name, func(f *os.File) error {
+		return write(&flushedFile{f: f, flush: newFlusher(f)})
+	})
+}
+
+// flushedFile starts the write-back of what is written to it.
+type flushedFile struct {
+	f     *os.File
+	flush *flusher
+	off   int64
+}
+
+func (w *flushedFile) Write(p []byte) (int, error) {
+	n, err := w.f.Write(p)
+	w.flush.wrote(extent.Extent{Off: w.off, Len: int64(n)})
+	w.off += int64(n)
+	return n, err
+}
+
+// newFile makes a file of what fill writes, under another name until all of it
+// is on disk.
+func newFile(name string, fill func(f *os.File) error) (err error) {
 	if _, err := os.Lstat(name); err == nil {
 		return fmt.Errorf("%s: %w", name, ErrTargetExists)
 	} else if !errors.Is(err, os.ErrNotExist) {
@@ -57,10 +89,7 @@ func RestoreFile(ctx context.Context, img Image, name string, done func(int64)) 
 		}
 		f.Close()
 	}()
-	if err := f.Truncate(img.Size()); err != nil {
-		return err
-	}
-	if err := copySparse(ctx, img, f, done); err != nil {
+	if err := fill(f); err != nil {
 		return fmt.Errorf("restore %s: %w", name, err)
 	}
 	if err := f.Sync(); err != nil {

@@ -291,7 +291,7 @@ func (d *pointDir) disk(disk *store.Disk) []namedNode {
 }
 
 // Format gives a disk of a point in one of the formats that a restore writes:
-// raw, qcow2, vmdk (monolithicSparse, one file) and vhdx.
+// raw, qcow2, vmdk (monolithicSparse, one file), vhdx and vhd (dynamic).
 func Format(repo *store.Repo, p *store.Point, disk, format string) (Image, error) {
 	img, err := repo.OpenDisk(p, disk)
 	if err != nil {
@@ -307,9 +307,23 @@ func Format(repo *store.Repo, p *store.Point, disk, format string) (Image, error
 		return vdisk.SparseVMDK(img, id, disk+".vmdk")
 	case "vhdx":
 		return vdisk.VHDX(img, id)
+	case "vhd":
+		return vdisk.VHD(img, id)
 	default:
 		return nil, fmt.Errorf("unknown disk format %q", format)
 	}
+}
+
+// WriteVMDKStream writes a disk of a point to w as a VMDK that is compressed and
+// can be read from beginning to end (streamOptimized), as fileName. done is told
+// the bytes of the disk dealt with.
+func WriteVMDKStream(ctx context.Context, w io.Writer, repo *store.Repo, p *store.Point, disk, fileName string, done func(int64)) error {
+	img, err := repo.OpenDisk(p, disk)
+	if err != nil {
+		return err
+	}
+	_, err = vdisk.WriteStreamOptimized(ctx, w, img, identityOf(p.ID, disk), fileName, done)
+	return err
 }
 
 // vhdxMax is the largest disk that a VHDX can hold, bytes (MS-VHDX §1).

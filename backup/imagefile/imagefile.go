@@ -1,5 +1,5 @@
 // Package imagefile is a backup source of disk image files: raw files, block
-// devices and qcow2 with its backing files.
+// devices, and qcow2, VMDK and VHD with the files they name.
 //
 // It tracks no changes: every run reads all that is allocated, and the engine
 // recognises what the last point has already. A file in use by a running VM is
@@ -36,8 +36,8 @@ type VM struct {
 // Source gives VMs that are made of image files.
 type Source struct {
 	vms []VM
-	// AllowOutsideBacking permits absolute backing file names and those that lead
-	// out of the image's directory.
+	// AllowOutsideBacking permits absolute names of backing files, parents and
+	// extents, and those that lead out of the image's directory.
 	AllowOutsideBacking bool
 }
 
@@ -51,7 +51,7 @@ func New(vms ...VM) *Source { return &Source{vms: vms} }
 func NameOf(path string) string {
 	name := filepath.Base(path)
 	switch ext := filepath.Ext(name); strings.ToLower(ext) {
-	case ".raw", ".img", ".qcow2", ".qcow", ".vmdk", ".vhdx", ".vhd", ".dd":
+	case ".raw", ".img", ".qcow2", ".qcow", ".vmdk", ".vhdx", ".vhd", ".avhdx", ".avhd", ".dd":
 		if len(ext) < len(name) {
 			return name[:len(name)-len(ext)]
 		}
@@ -102,7 +102,7 @@ func (s *Source) open(file string) (*disk, error) {
 		return nil, fmt.Errorf("imagefile: %s is neither a file nor a block device", file)
 	}
 	format := ""
-	if strings.EqualFold(filepath.Ext(file), ".raw") || !st.Mode().IsRegular() {
+	if isRaw(file) || !st.Mode().IsRegular() {
 		// What a guest writes into its first sector must not choose the format.
 		format = "raw"
 	}
@@ -120,6 +120,12 @@ func (s *Source) open(file string) (*disk, error) {
 		d.files = append(d.files, fileState{f, st})
 	}
 	return d, nil
+}
+
+// isRaw tells by the name of a file that it is raw.
+func isRaw(file string) bool {
+	name := strings.ToLower(file)
+	return strings.HasSuffix(name, ".raw") || strings.HasSuffix(name, "-flat.vmdk")
 }
 
 type snapshot struct {
@@ -162,7 +168,7 @@ type sourceFile struct {
 type sourceDisk struct {
 	Disk  string       `json:"disk"`
 	Size  int64        `json:"disk_bytes"`
-	Files []sourceFile `json:"files"` // the image first, then its backing files
+	Files []sourceFile `json:"files"` // the image first, then those it names
 }
 
 // Config says which files the disks were.

@@ -178,7 +178,7 @@ func TestUsageErrors(t *testing.T) {
 		{"restore p --to d --onto f", "exclude each other", ""},
 		{"restore p --onto f", "--onto needs --disk", ""},
 		{"restore p --onto f --disk disk0 --format raw", "takes no --format", ""},
-		{"restore p --to d --format vdi", `unknown value "vdi"`, "raw, qcow2, vmdk, vhdx"},
+		{"restore p --to d --format vdi", `unknown value "vdi"`, "raw, qcow2, vmdk, vmdk-stream, vhdx, vhd"},
 		{"help nosuch", `unknown command "nosuch"`, ""},
 		{"help a b", "too many arguments", ""},
 	} {

@@ -31,7 +31,8 @@ func commands() []command {
 			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
 			short: "back up disk image files",
 			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
-				"Files are raw or qcow2, told by their first bytes; one that ends in .raw is raw.\n" +
+				"Files are raw, qcow2, VMDK or VHD, told by their first bytes (a VHD by its last); one that ends in .raw or\n" +
+				"-flat.vmdk is raw. Of a VMDK in several files give the descriptor; it is read with its extents and parents.\n" +
 				"With -r tls://HOST:PORT the point is added to a repository on another host, by its 'holdfast serve'. The token\n" +
 				"for it comes from --token-file, HOLDFAST_TOKEN_FILE, HOLDFAST_TOKEN or a prompt; no password is needed.",
 			min: 1, max: -1, completes: files,
@@ -42,7 +43,7 @@ func commands() []command {
 				&cli.StringSliceFlag{Name: "attach", TakesFile: true, Usage: "`FILE` about the VM to keep with its configuration, such as its .vmx or NVRAM; may be repeated"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "full", Usage: "read everything, whatever the last restore point says"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "allow-outside-backing",
-					Usage: "follow backing file names that are absolute or lead out of the image's directory"},
+					Usage: "follow names of backing files, parents and extents that are absolute or lead out of the image's directory"},
 				&cli.StringFlag{Name: "token-file", EnvVars: []string{"HOLDFAST_TOKEN_FILE"}, TakesFile: true,
 					Usage: "`FILE` with the token for a server"},
 			},
@@ -74,14 +75,14 @@ func commands() []command {
 		},
 		{
 			name:  "restore",
-			usage: "POINT (--to DIR [--format raw|qcow2|vmdk|vhdx] [--disk disk0] | --onto FILE --disk disk0)",
+			usage: "POINT (--to DIR [--format raw|qcow2|vmdk|vmdk-stream|vhdx|vhd] [--disk disk0] | --onto FILE --disk disk0)",
 			short: "write the disks of a restore point",
-			long:  pointHelp,
+			long:  pointHelp + "\nFormat vmdk-stream is a compressed VMDK (streamOptimized) for transport; vhd is dynamic, of at most 2040 GiB.",
 			min:   1, max: 1,
 			flags: []cli.Flag{
 				&cli.StringFlag{Name: "to", TakesFile: true, Usage: "`DIR` for one new file per disk"},
 				&cli.StringFlag{Name: "onto", TakesFile: true, Usage: "`FILE` or device to write onto, only where it differs"},
-				newChoiceFlag("format", "`FORMAT` of the new files", "raw", "qcow2", "vmdk", "vhdx"),
+				newChoiceFlag("format", "`FORMAT` of the new files", "raw", "qcow2", "vmdk", formatStream, "vhdx", "vhd"),
 				&cli.StringFlag{Name: "disk", Usage: "only this `DISK` of the point, such as disk0"},
 			},
 			needs: needRepository, check: checkRestore, run: runRestore,

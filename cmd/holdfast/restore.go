@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -80,7 +81,7 @@ func runRestore(ctx context.Context, c *call) error {
 func (c *call) restoreTo(ctx context.Context, r *store.Repo, p *store.Point, disks []store.Disk, dir, format string) ([]restored, error) {
 	var out []restored
 	for _, d := range disks {
-		file := filepath.Join(dir, d.Name+"."+format)
+		file := filepath.Join(dir, d.Name+"."+fileEnding(format))
 		if _, err := os.Lstat(file); err == nil {
 			return nil, fmt.Errorf("%s: %w", file, backup.ErrTargetExists)
 		}
@@ -90,18 +91,41 @@ func (c *call) restoreTo(ctx context.Context, r *store.Repo, p *store.Point, dis
 		return nil, err
 	}
 	for i, d := range disks {
-		img, err := fs.Format(r, p, d.Name, format)
-		if err != nil {
-			return nil, fmt.Errorf("%s %s as %s: %w", p.Path(), d.Name, format, err)
-		}
-		t := c.progress.task(p.VM.Name+"/"+d.Name, "", img.Size())
-		err = backup.RestoreFile(ctx, img, out[i].File, t.add)
-		t.end(err)
-		if err != nil {
+		if err := c.restoreDisk(ctx, r, p, d, out[i].File, format); err != nil {
 			return nil, err
 		}
 	}
 	return out, nil
+}
+
+// formatStream is the one format that is written from beginning to end.
+const formatStream = "vmdk-stream"
+
+func fileEnding(format string) string {
+	if format == formatStream {
+		return "vmdk"
+	}
+	return format
+}
+
+// restoreDisk writes one disk to a new file.
+func (c *call) restoreDisk(ctx context.Context, r *store.Repo, p *store.Point, d store.Disk, file, format string) (err error) {
+	if format == formatStream {
+		t := c.progress.task(p.VM.Name+"/"+d.Name, "", d.Size)
+		err = backup.RestoreStream(file, func(w io.Writer) error {
+			return fs.WriteVMDKStream(ctx, w, r, p, d.Name, filepath.Base(file), t.add)
+		})
+		t.end(err)
+		return err
+	}
+	img, err := fs.Format(r, p, d.Name, format)
+	if err != nil {
+		return fmt.Errorf("%s %s as %s: %w", p.Path(), d.Name, format, err)
+	}
+	t := c.progress.task(p.VM.Name+"/"+d.Name, "", img.Size())
+	err = backup.RestoreFile(ctx, img, file, t.add)
+	t.end(err)
+	return err
 }
 
 // restoreOnto makes an existing file or device equal to a disk.

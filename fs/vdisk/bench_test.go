@@ -1,6 +1,7 @@
 package vdisk
 
 import (
+	"context"
 	"io"
 	"path/filepath"
 	"testing"
@@ -63,5 +64,42 @@ func readAll(b *testing.B, src Source) {
 			b.Fatal(err)
 		}
 		off = (off + mib) % src.Size()
+	}
+}
+
+// Compressing 64 MiB of each sort.
+func BenchmarkWriteStreamOptimized(b *testing.B) {
+	disk := newModel(1, 64*mib, ext(0, 64*mib))
+	for name, src := range map[string]Source{"noise": disk, "runs": compressible{disk}} {
+		b.Run(name, func(b *testing.B) {
+			mem := make(memSource, disk.size)
+			src.ReadAt(mem, 0)
+			b.SetBytes(disk.size)
+			for b.Loop() {
+				n, err := WriteStreamOptimized(context.Background(), io.Discard, mem, testID, "x", nil)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(n)/float64(disk.size), "size")
+			}
+		})
+	}
+}
+
+// Sequential reads of 1 MiB of the VMDKs that QEMU makes.
+func BenchmarkVMDK(b *testing.B) {
+	disk := compressible{newModel(1, 256*mib, ext(0, 256*mib))}
+	dir := b.TempDir()
+	store(b, disk, filepath.Join(dir, "raw"))
+	for _, k := range vmdkKinds {
+		b.Run(k.name, func(b *testing.B) {
+			mustQEMU(b, dir, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", k.options, "raw", "x.vmdk")
+			img, err := OpenChain(filepath.Join(dir, "x.vmdk"), Policy{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer img.Close()
+			readAll(b, img)
+		})
 	}
 }

@@ -3,6 +3,7 @@ package vdisk
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxDepth is how many files a chain of backing files may have.
+// maxDepth is how many images a chain of backing files or parents may have.
 const maxDepth = 64
 
 // Policy says what OpenChain may do. The zero value is the safe one.
@@ -20,32 +21,35 @@ const maxDepth = 64
 // read: without the restrictions, a backing file name of "/etc/shadow" would
 // put that file into the backup of whoever made the image.
 type Policy struct {
-	// Format of the top file: "raw", "qcow2", or "" to tell by the magic.
-	// A raw disk whose owner writes a qcow2 header to its first sector is
-	// taken for a qcow2 when it is "".
+	// Format of the top file: "raw", "qcow2", "vmdk", "vhd" (or "vpc", as QEMU
+	// says), "vhdx", or "" to tell by the magic. A raw disk whose owner writes a
+	// qcow2 header to its first sector is taken for a qcow2 when it is "".
 	Format string
-	// AllowOutside permits absolute backing names and those that leave the
-	// directory tree of the top file, by ".." or by a symbolic link.
+	// AllowOutside permits absolute names of backing files, parents and extents,
+	// and those that leave the directory tree of the top file, by ".." or by a
+	// symbolic link.
 	AllowOutside bool
-	// AllowDevices permits block devices as backing files. The top file may
-	// always be one.
+	// AllowDevices permits block devices as backing files and extents. The top
+	// file may always be one.
 	AllowDevices bool
 }
 
-// Chain is a disk read through an image file and its backing files.
+// Chain is a disk read through an image file, and its extents, backing files
+// and parents.
 type Chain struct {
 	Source
 	files []*RawFile // the top first
 }
 
-// OpenChain opens the disk image at path, raw or qcow2, with the backing files
-// it names, relative to the file that names them. A backing file whose format
-// is not recorded is told by its magic.
+// OpenChain opens the disk image at path, raw, qcow2, VMDK or VHD, with the
+// files it names, relative to the file that names them: backing files, parents,
+// extents. A backing file whose format is not recorded is told by its magic.
 //
-// A chain that comes back to a file (by device and inode) or is longer than 64
+// A chain that comes back to an image (by device and inode) or is longer than 64
 // is ErrCorrupt; what the policy forbids is ErrRefused: names outside of the
-// directory, devices, anything else that is no regular file, and names of the
-// form "protocol:…". Memory: up to 5 MiB of caches per qcow2 file of the chain.
+// directory, devices, anything else that is no regular file, and, in a qcow2,
+// names of the form "protocol:…". Memory: up to 5 MiB of caches per image of the
+// chain, and 8 KiB for each extent above 512.
 func OpenChain(path string, policy Policy) (*Chain, error) {
 	base, name := filepath.Split(path) // not Dir, which takes link/.. out
 	if base == "" {
@@ -59,7 +63,7 @@ func OpenChain(path string, policy Policy) (*Chain, error) {
 	o := &chainOpener{policy: policy, root: root, base: base, chain: new(Chain), seen: map[fileID]string{}}
 	f, err := openFile(path)
 	if err == nil {
-		o.chain.Source, err = o.open(f, name, policy.Format)
+		o.chain.Source, err = o.open(image{file: f, name: name, format: policy.Format})
 	}
 	if err != nil {
 		o.chain.Close()
@@ -68,7 +72,7 @@ func OpenChain(path string, policy Policy) (*Chain, error) {
 	return o.chain, nil
 }
 
-// Files lists the paths of the chain, the top first.
+// Files lists the paths of all files of the chain, the top first.
 func (c *Chain) Files() []string {
 	names := make([]string, len(c.files))
 	for i, f := range c.files {
@@ -97,37 +101,107 @@ type chainOpener struct {
 	seen   map[fileID]string // file => its path
 }
 
-// open takes over f. name is its path relative to base, or absolute.
-func (o *chainOpener) open(f *os.File, name, format string) (Source, error) {
+// image is a file of the chain and how it was found.
+type image struct {
+	file   *os.File
+	name   string // relative to chainOpener.base, or absolute
+	format string // "": tell by the magic
+	depth  int    // images above it
+}
+
+// open takes over the file.
+func (o *chainOpener) open(i image) (Source, error) {
+	raw, err := o.add(i.file)
+	if err != nil {
+		return nil, err
+	}
+	if i.depth == maxDepth {
+		return nil, corrupt("a chain of more than %d backing files", maxDepth)
+	}
+	if err := o.once(i.file); err != nil {
+		return nil, err
+	}
+	if i.format == "" {
+		if i.format, err = probe(raw, i.name); err != nil {
+			return nil, err
+		}
+	}
+	switch i.format {
+	case "raw":
+		return raw, nil
+	case "qcow2":
+		return o.qcow2(i, raw)
+	case "vmdk":
+		return o.vmdk(i, raw)
+	case "vhd", "vpc":
+		return o.vhd(i, raw)
+	case "vhdx":
+		return o.vhdx(i, raw)
+	}
+	return nil, unsupported("%s: format %q", i.file.Name(), i.format)
+}
+
+// add takes over f, as a file of the chain.
+func (o *chainOpener) add(f *os.File) (*RawFile, error) {
 	raw, err := newRaw(f)
 	if err != nil {
 		f.Close()
 		return nil, err
 	}
 	o.chain.files = append(o.chain.files, raw)
-	if len(o.chain.files) > maxDepth {
-		return nil, corrupt("a chain of more than %d backing files", maxDepth)
-	}
-	if err := o.once(f); err != nil {
-		return nil, err
-	}
-	if format == "" {
-		if format, err = probe(raw); err != nil {
-			return nil, err
-		}
-	}
-	switch format {
-	case "raw":
-		return raw, nil
-	case "qcow2":
-		return OpenQCOW2(raw, raw.Size(), QCOW2Options{
-			Name: f.Name(),
-			Backing: func(backing, format string) (Source, error) {
-				return o.backing(name, backing, format)
-			},
-		})
-	}
-	return nil, unsupported("%s: format %q", f.Name(), format)
+	return raw, nil
+}
+
+func (o *chainOpener) qcow2(i image, raw *RawFile) (Source, error) {
+	return OpenQCOW2(raw, raw.Size(), QCOW2Options{
+		Name: i.file.Name(),
+		Backing: func(name, format string) (Source, error) {
+			// QEMU takes anything with a colon before the first slash for a protocol.
+			if head, _, _ := strings.Cut(name, "/"); strings.Contains(head, ":") {
+				return nil, refused("is not a path (file names with a colon are written ./a:b)")
+			}
+			return o.backing(i, name, format)
+		},
+	})
+}
+
+func (o *chainOpener) vmdk(i image, raw *RawFile) (Source, error) {
+	return OpenVMDK(raw, raw.Size(), VMDKOptions{
+		Name: i.file.Name(),
+		Extent: func(name string) (io.ReaderAt, int64, error) {
+			f, _, err := o.named(i, slashes(name))
+			if err != nil {
+				return nil, 0, err
+			}
+			raw, err := o.add(f)
+			if err != nil {
+				return nil, 0, err
+			}
+			return raw, raw.Size(), nil
+		},
+		Parent: func(hint string) (*VMDKImage, error) {
+			src, err := o.backing(i, slashes(hint), "vmdk")
+			parent, _ := src.(*VMDKImage)
+			return parent, err
+		},
+	})
+}
+
+func (o *chainOpener) vhd(i image, raw *RawFile) (Source, error) {
+	return OpenVHD(raw, raw.Size(), VHDOptions{
+		Name: i.file.Name(),
+		Parent: func(name string) (*VHDImage, error) {
+			src, err := o.backing(i, name, "vhd")
+			parent, _ := src.(*VHDImage)
+			return parent, err
+		},
+	})
+}
+
+// vhdx is the place where a reader of VHDX goes, with its parents by
+// o.backing(i, name, "vhdx").
+func (o *chainOpener) vhdx(i image, _ *RawFile) (Source, error) {
+	return nil, unsupported("%s: reading VHDX", i.file.Name())
 }
 
 func (o *chainOpener) once(f *os.File) error {
@@ -144,37 +218,56 @@ func (o *chainOpener) once(f *os.File) error {
 	return nil
 }
 
-func probe(raw *RawFile) (string, error) {
-	magic := make([]byte, min(raw.Size(), int64(len(qcowMagic))))
-	if _, err := readFull(raw, magic, 0); err != nil {
+// probe tells the format of a file by its magic. What a fixed VHD has at its
+// start is its owner's, and so is what an image of another format may have at
+// its end: the name decides which of the two is looked at first.
+func probe(raw *RawFile, name string) (string, error) {
+	head := make([]byte, min(raw.Size(), kib))
+	if _, err := readFull(raw, head, 0); err != nil {
 		return "", err
 	}
-	if string(magic) == qcowMagic {
+	_, err := readVHDFooter(raw, raw.Size())
+	isVHD := err == nil || hasPrefix(head, vhdMagic)
+	switch ext := strings.ToLower(filepath.Ext(name)); {
+	case isVHD && (ext == ".vhd" || ext == ".avhd"):
+		return "vhd", nil
+	case hasPrefix(head, qcowMagic):
 		return "qcow2", nil
+	case hasPrefix(head, vmdkMagic), hasPrefix(head, cowdMagic), hasPrefix(head, seSparseMagic), isVMDKText(head):
+		return "vmdk", nil
+	case hasPrefix(head, "vhdxfile"):
+		return "vhdx", nil
+	case isVHD:
+		return "vhd", nil
 	}
 	return "raw", nil
 }
 
-// backing opens what the image called from names.
-func (o *chainOpener) backing(from, name, format string) (Source, error) {
-	// QEMU takes anything with a colon before the first slash for a protocol.
-	if head, _, _ := strings.Cut(name, "/"); strings.Contains(head, ":") {
-		return nil, refused("is not a path (file names with a colon are written ./a:b)")
+// backing opens an image that another one names.
+func (o *chainOpener) backing(from image, name, format string) (Source, error) {
+	f, rel, err := o.named(from, name)
+	if err != nil {
+		return nil, err
 	}
+	return o.open(image{f, rel, format, from.depth + 1})
+}
+
+// named opens a file that an image names, and gives its path as image.name.
+func (o *chainOpener) named(from image, name string) (*os.File, string, error) {
 	rel := name
 	if !filepath.IsAbs(name) {
-		dir, _ := filepath.Split(from)
+		dir, _ := filepath.Split(from.name)
 		rel = dir + name // not cleaned: what .. means after a link is for the kernel to say
 	}
 	f, err := o.openBacking(rel)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if err := o.checkType(f); err != nil {
 		f.Close()
-		return nil, err
+		return nil, "", err
 	}
-	return o.open(f, rel, format)
+	return f, rel, nil
 }
 
 func (o *chainOpener) openBacking(rel string) (*os.File, error) {

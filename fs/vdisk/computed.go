@@ -50,6 +50,27 @@ func bytesRegion(off int64, b []byte) region {
 	}
 }
 
+// fillRegions sets p to what regions have from off on, zeros between them.
+func fillRegions(regions []region, p []byte, off int64) {
+	for i := range regions {
+		r := &regions[i]
+		if r.End() <= off {
+			continue
+		}
+		if gap := min(int64(len(p)), r.Off-off); gap > 0 {
+			clear(p[:gap])
+			p, off = p[gap:], off+gap
+		}
+		n := min(int64(len(p)), r.End()-off)
+		if n <= 0 {
+			break
+		}
+		r.fill(p[:n], off-r.Off)
+		p, off = p[n:], off+n
+	}
+	clear(p)
+}
+
 // finish does the sums once everything else is set.
 func (c *computed) finish() *computed {
 	c.size = c.data + c.blocks.ones*c.unit
@@ -74,33 +95,13 @@ func (c *computed) ReadAt(p []byte, off int64) (int, error) {
 	done := 0
 	if off < c.data && len(p) > 0 {
 		done = int(min(int64(len(p)), c.data-off))
-		c.readMeta(p[:done], off)
+		fillRegions(c.meta, p[:done], off)
 	}
 	n, err := c.readBlocks(p[done:], off+int64(done))
 	if err != nil {
 		return done + n, err
 	}
 	return done + n, end
-}
-
-func (c *computed) readMeta(p []byte, off int64) {
-	for i := range c.meta {
-		r := &c.meta[i]
-		if r.End() <= off {
-			continue
-		}
-		if gap := min(int64(len(p)), r.Off-off); gap > 0 {
-			clear(p[:gap])
-			p, off = p[gap:], off+gap
-		}
-		n := min(int64(len(p)), r.End()-off)
-		if n <= 0 {
-			break
-		}
-		r.fill(p[:n], off-r.Off)
-		p, off = p[n:], off+n
-	}
-	clear(p)
 }
 
 // readBlocks asks the disk once per run of neighbouring blocks.
@@ -206,6 +207,8 @@ func (t table) put(p []byte, v uint64) {
 		binary.BigEndian.PutUint64(p, v)
 	case t.width == 8:
 		binary.LittleEndian.PutUint64(p, v)
+	case t.width == 4 && t.big:
+		binary.BigEndian.PutUint32(p, uint32(v))
 	case t.width == 4:
 		binary.LittleEndian.PutUint32(p, uint32(v))
 	default:

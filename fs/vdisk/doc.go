@@ -1,5 +1,6 @@
-// Package vdisk knows virtual disk file formats: it reads raw and qcow2 files,
-// and computes VHDX, VMDK and qcow2 files over any disk without storing them.
+// Package vdisk knows virtual disk file formats: it reads raw, qcow2, VMDK and
+// VHD files, and computes VHDX, VHD, VMDK and qcow2 files over any disk without
+// storing them.
 //
 // A computed file is a pure function of a [Source] and an [Identity]: the same
 // disk gives the same bytes after every restart, at every offset, in any order.
@@ -10,13 +11,15 @@
 //	…
 //	n, err := f.ReadAt(p, off)     // safe for concurrent use, allocates nothing
 //
-//	img, err := vdisk.OpenChain("/images/vm.qcow2", vdisk.Policy{})
-//	defer img.Close()              // img is a Source: raw or qcow2, backing files included
+//	img, err := vdisk.OpenChain("/images/vm.vmdk", vdisk.Policy{})
+//	defer img.Close()              // img is a Source: any format, with extents, backing files and parents
 //
 // What it promises: a read error of the disk is returned, never papered over
 // with zeros or short data; a damaged image is [ErrCorrupt] with the file and
 // the offset; nothing an image says makes it allocate more than its caches hold.
 //
-// What it does not do: write or repair images, read VHDX or VMDK, decrypt,
-// follow qcow2 external data files, or show internal snapshots.
+// What it does not do: write or repair images (but for the compressed VMDK of
+// [WriteStreamOptimized]), replay journals, decrypt, follow qcow2 external data
+// files, read physical disks through a VMDK, or show internal snapshots. It does
+// not read VHDX yet.
 package vdisk

@@ -79,6 +79,11 @@ func tryImage(t *testing.T, b []byte, off uint64, n uint16) {
 		TableCache: 16 * kib,
 		Backing:    func(string, string) (Source, error) { return base, nil },
 	})
+	tryReads(t, img, err, off, n)
+}
+
+// tryReads reads from what opening anything gave.
+func tryReads(t *testing.T, img Source, err error, off uint64, n uint16) {
 	if err != nil {
 		if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrUnsupported) {
 			t.Fatalf("open: %v", err)

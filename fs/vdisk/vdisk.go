@@ -19,8 +19,9 @@ var (
 	ErrCorrupt = errors.New("image is corrupt")
 	// ErrUnsupported: a valid image that uses a feature this package lacks.
 	ErrUnsupported = errors.New("image feature not supported")
-	// ErrRefused: an image names a backing file that the Policy forbids to open.
-	ErrRefused = errors.New("backing file refused")
+	// ErrRefused: an image names a backing file, a parent or an extent that the
+	// Policy forbids to open.
+	ErrRefused = errors.New("file refused")
 )
 
 // Source is the disk a format is computed over, and what opening an image gives.
@@ -40,7 +41,8 @@ type Source interface {
 type File interface {
 	Source
 	// AllocatedBytes is what the file would occupy if stored sparsely with
-	// whole blocks (VHDX: 32 MiB, VMDK and qcow2: 64 KiB); it costs nothing.
+	// whole blocks (VHDX: 32 MiB, VHD: 2 MiB, VMDK and qcow2: 64 KiB); it costs
+	// nothing.
 	AllocatedBytes() int64
 }
 

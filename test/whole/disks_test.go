@@ -121,8 +121,26 @@ func newChain(t *testing.T, dir string) disk {
 	return disk{top, "qcow2", 128 << 20}
 }
 
+// newDelta makes a VMDK over a VMDK in two files.
+func newDelta(t *testing.T, dir string) disk {
+	t.Helper()
+	needs(t, "qemu-img", "qemu-io")
+	newRaw(t, filepath.Join(dir, "raw"), 48<<20+5*512, piece{0, 3 << 20}, piece{20<<20 + 77, 99_999}, piece{48 << 20, 5 * 512})
+	base, top := filepath.Join(dir, "base.vmdk"), filepath.Join(dir, "top.vmdk")
+	tool(t, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat", filepath.Join(dir, "raw"), base)
+	tool(t, "qemu-img", "create", "-q", "-f", "vmdk", "-o", "zeroed_grain=on", "-b", "base.vmdk", "-F", "vmdk", top)
+	tool(t, "qemu-io", "-f", "vmdk", top, "-c", "write -q -P 0x11 1M 64k", "-c", "write -q -P 0x12 512 1024", "-c", "write -q -z 20M 64k")
+	return disk{top, "vmdk", 48<<20 + 5*512}
+}
+
 // newCompressed makes a qcow2 with only compressed clusters of mixed content.
 func newCompressed(t *testing.T, file string, options string) disk {
+	t.Helper()
+	return newConverted(t, file, "qcow2", options, "-c")
+}
+
+// newConverted makes an image of mixed content.
+func newConverted(t *testing.T, file, format, options string, args ...string) disk {
 	t.Helper()
 	needs(t, "qemu-img")
 	raw := newText(t, file+".raw", 5, 9<<20+512)
@@ -134,11 +152,12 @@ func newCompressed(t *testing.T, file string, options string) disk {
 	if _, err := f.WriteAt(randomBytes(1, 1<<20), 3<<20+333); err != nil { // stored plain: it does not shrink
 		t.Fatal(err)
 	}
-	tool(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", options, raw.file, file)
+	args = append([]string{"convert", "-f", "raw", "-O", format, "-o", options}, append(args, raw.file, file)...)
+	tool(t, "qemu-img", args...)
 	if err := os.Remove(raw.file); err != nil {
 		t.Fatal(err)
 	}
-	return disk{file, "qcow2", 9<<20 + 512}
+	return disk{file, format, 9<<20 + 512}
 }
 
 // allocated is the bytes that a file takes up on its disk.

@@ -154,7 +154,7 @@ func TestFullTarget(t *testing.T) {
 	for _, medium := range media {
 		t.Run(medium.name, func(t *testing.T) {
 			at, grow := medium.make(t, 20*mib)
-			for _, format := range []string{"raw", "qcow2", "vmdk", "vhdx"} {
+			for _, format := range []string{"raw", "qcow2", "vmdk", "vmdk-stream", "vhdx", "vhd"} {
 				r.wants(t, 1, "no space left on device", "restore", "vm/latest", "--to", at+"/out", "--format", format)
 				if left, _ := os.ReadDir(at + "/out"); len(left) > 0 {
 					t.Errorf("%s: left %v", format, left)

@@ -45,6 +45,17 @@ var sources = []struct {
 	{"qcow2 by zstd", nil, func(t *testing.T, dir string) disk {
 		return newCompressed(t, dir+"/d.qcow2", "compression_type=zstd,cluster_size=2M")
 	}},
+	{"VMDK, split", nil, func(t *testing.T, dir string) disk {
+		return newConverted(t, dir+"/d.vmdk", "vmdk", "subformat=twoGbMaxExtentSparse")
+	}},
+	{"VMDK, stream", nil, func(t *testing.T, dir string) disk {
+		return newConverted(t, dir+"/d.vmdk", "vmdk", "subformat=streamOptimized")
+	}},
+	{"VMDK over a VMDK", nil, newDelta},
+	{"VHD", nil, func(t *testing.T, dir string) disk { return newConverted(t, dir+"/d.vhd", "vpc", "force_size=on") }},
+	{"VHD, fixed", nil, func(t *testing.T, dir string) disk {
+		return newConverted(t, dir+"/d.vhd", "vpc", "subformat=fixed,force_size=on")
+	}},
 	{"qcow2 version 2", nil, func(t *testing.T, dir string) disk { return newCompressed(t, dir+"/d.qcow2", "compat=0.10") }},
 }
 
@@ -70,16 +81,23 @@ func TestInterop(t *testing.T) {
 			want := padded(t, src, dir)
 
 			out := filepath.Join(dir, "out")
-			for _, format := range []string{"raw", "qcow2", "vmdk", "vhdx"} {
+			for _, format := range []string{"raw", "qcow2", "vmdk", "vhdx", "vhd"} {
 				file := filepath.Join(out, "disk0."+format)
-				if src.size == 0 && (format == "vmdk" || format == "vhdx") {
-					// A file of that format cannot hold a disk of no bytes.
+				if src.size == 0 && format != "raw" && format != "qcow2" || src.size > 2040<<30 && format == "vhd" {
+					// A file of that format cannot hold a disk of no bytes, or that many.
 					r.wants(t, 1, "disk0 as "+format, "restore", p.path(), "--to", out, "--format", format)
 					gone(t, file, file+".partial")
 					continue
 				}
 				r.must(t, "restore", p.path(), "--to", out, "--format", format)
 				compare(t, want, file, format)
+			}
+			if out := filepath.Join(dir, "stream", "out"); src.size > 0 {
+				r.must(t, "restore", p.path(), "--to", out, "--format", "vmdk-stream")
+				compare(t, want, filepath.Join(out, "disk0.vmdk"), "vmdk")
+			} else {
+				r.wants(t, 1, "an empty disk", "restore", p.path(), "--to", out, "--format", "vmdk-stream")
+				gone(t, filepath.Join(out, "disk0.vmdk"))
 			}
 			raw := filepath.Join(out, "disk0.raw")
 			exact(t, src, raw)
@@ -147,6 +165,9 @@ func exact(t *testing.T, src disk, raw string) {
 // compare has qemu compare a file with the source, and check it where it can.
 func compare(t *testing.T, src disk, file, format string) {
 	t.Helper()
+	if format == "vhd" {
+		format = "vpc" // QEMU's name for it
+	}
 	var info struct {
 		Size int64 `json:"virtual-size"`
 	}
