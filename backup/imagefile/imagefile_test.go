@@ -41,7 +41,7 @@ func TestFormatByName(t *testing.T) {
 		"web.img":       {0, vdisk.ErrUnsupported},
 		"web.vmdk":      {2, nil},
 	} {
-		snap, err := New(VM{"web", []string{filepath.Join(dir, name)}}).Freeze(t.Context(), "web")
+		snap, err := New(VM{Name: "web", Files: []string{filepath.Join(dir, name)}}).Freeze(t.Context(), "web")
 		if !errors.Is(err, want.err) {
 			t.Errorf("%s: %v, want %v", name, err, want.err)
 		}
