@@ -91,6 +91,24 @@ func (c *chunkCache) get(k frameKey, load func(dst []byte) error) (*cachedChunk,
 	return nil, err
 }
 
+// fill puts a frame that somebody has decoded into the cache, unless it is there.
+func (c *chunkCache) fill(k frameKey, frame []byte) {
+	s := c.shard(k)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.entries[k] != nil {
+		return
+	}
+	e := &cachedChunk{key: k, ready: make(chan struct{}), data: c.free.Get().(*[]byte), refs: 1}
+	copy(*e.data, frame)
+	close(e.ready)
+	s.entries[k] = e
+	e.elem = s.lru.PushFront(e)
+	for s.lru.Len() > s.limit {
+		c.drop(s, s.lru.Back().Value.(*cachedChunk))
+	}
+}
+
 // drop takes an entry out of the cache. Callers hold s.mu.
 func (c *chunkCache) drop(s *chunkShard, e *cachedChunk) {
 	delete(s.entries, e.key)

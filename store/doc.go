@@ -25,6 +25,7 @@
 //	points/<32 hex>   one manifest per restore point
 //	gc/state          which packs are about to be removed; no reader needs it
 //	verify/state      what is known to be damaged; no reader needs it
+//	notes/KIND-NAME   hints about VMs and points; no reader needs them
 //
 // and, in a local directory, what is not part of the format: index/ (Badger), tmp/
 // (objects being written), leases/ (who is at work), config.lock and verify.lock (see below),
@@ -33,7 +34,7 @@
 //
 // An object is written under another name, synced, renamed, and its directory synced:
 // it is there whole or not at all. Objects are never changed, only added and removed; config
-// and its copy, gc/state and verify/state alone are replaced, each in one step. The order of a backup is: packs; index; manifest. The manifest's
+// and its copy, gc/state, verify/state and notes alone are replaced, each in one step. The order of a backup is: packs; index; manifest. The manifest's
 // appearance is the commit; packs that no manifest leads to are harmless.
 //
 // # config
@@ -315,6 +316,14 @@
 // do (in a local directory, flock(2) on verify.lock), and from what he reads then. A record stays as
 // long as its pack does, also when its chunk was stored again: an index must not choose it. What is shown of
 // a point is what the index has at no other, sound place.
+//
+// # notes/KIND-NAME
+//
+// What was learnt of a VM or a point beside what it is: which blocks it reads when it boots, what its screen
+// showed. NAME is the first 16 bytes, hexadecimal, of the BLAKE3 of KIND, a zero byte and the name of the thing, keyed with
+// derive("holdfast repository v1 note name", M). Header and sealing are those of verify/state, with
+// "HFNOTE", two zero bytes, and the key derive("holdfast repository v1 note", M | salt). The plaintext
+// is the length of the name of the thing, u16, that name, and the rest as its kind has it.
 //
 // # Index
 //

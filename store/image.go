@@ -24,6 +24,10 @@ type Image struct {
 	// point and disk name the image in errors.
 	point, disk string
 	checked     bool // see Checked
+	// cache is where decoded frames are kept: the repository's, where parts of frames alone go through
+	// it, or, where all is true, one of the reader's own for all that is read.
+	cache *chunkCache
+	all   bool
 }
 
 var _ io.ReaderAt = (*Image)(nil)
@@ -58,7 +62,7 @@ func (r *Repo) openMap(root Root, point, disk string) (*Image, error) {
 	if h > maxHeight || root.Size < 0 {
 		return nil, &DamageError{Point: point, What: "size of " + disk}
 	}
-	return &Image{repo: r, root: root, top: uint8(h - 1), chunks: n, point: point, disk: disk}, nil
+	return &Image{repo: r, root: root, top: uint8(h - 1), chunks: n, point: point, disk: disk, cache: r.chunks}, nil
 }
 
 // Size is the size of the disk in bytes.
@@ -222,7 +226,7 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		clear(p)
 		return nil
 	}
-	if len(p) == r.cfg.ChunkSize {
+	if len(p) == r.cfg.ChunkSize && !m.all {
 		return r.retried(ctx, id, loc, func(loc Loc) error { return r.readWhole(ctx, id, loc, p, m.checked) })
 	}
 	if m.checked {
@@ -232,7 +236,7 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		return err
 	}
 	for len(p) > 0 {
-		if whole := int64(len(p)) &^ (frameLen - 1); from%frameLen == 0 && whole > 0 {
+		if whole := int64(len(p)) &^ (frameLen - 1); from%frameLen == 0 && whole > 0 && !m.all {
 			piece := p[:whole]
 			if err := r.retried(ctx, id, loc, func(loc Loc) error { return r.readPart(ctx, id, loc, int(from), piece) }); err != nil {
 				return err
@@ -241,15 +245,40 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 			continue
 		}
 		n := from / frameLen
-		e, err := r.chunks.get(frameKey{id, uint8(n)}, func(dst []byte) error {
+		e, err := m.cache.get(frameKey{id, uint8(n)}, func(dst []byte) error {
+			if m.all && r.cfg.ChunkSize <= wholeUpTo {
+				return m.fetch(ctx, id, loc, n, dst)
+			}
 			return r.retried(ctx, id, loc, func(loc Loc) error { return r.readPart(ctx, id, loc, int(n*frameLen), dst) })
 		})
 		if err != nil {
 			return err
 		}
 		k := copy(p, (*e.data)[from-n*frameLen:])
-		r.chunks.release(e)
+		m.cache.release(e)
 		p, from = p[k:], from+int64(k)
+	}
+	return nil
+}
+
+// wholeUpTo is up to which size a chunk is read at once into a reader's own cache, though a part of it is
+// wanted: the rest is wanted soon, and another read of the pack costs more than decoding it.
+const wholeUpTo = 256 << 10
+
+// fetch reads a chunk, gives frame n of it and puts the others into the cache.
+func (m *Image) fetch(ctx context.Context, id ID, loc Loc, n int64, dst []byte) error {
+	r := m.repo
+	buf := r.wholes.Get().(*[]byte)
+	defer r.wholes.Put(buf)
+	if err := r.retried(ctx, id, loc, func(loc Loc) error { return r.readWhole(ctx, id, loc, *buf, false) }); err != nil {
+		return err
+	}
+	for k := range int64(len(*buf) / frameLen) {
+		if frame := (*buf)[k*frameLen:][:frameLen]; k == n {
+			copy(dst, frame)
+		} else {
+			m.cache.fill(frameKey{id, uint8(k)}, frame)
+		}
 	}
 	return nil
 }

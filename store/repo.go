@@ -133,6 +133,7 @@ type Repo struct {
 	mergePacks int // small packs that gc merges; a constant but for tests
 	packs      packCache
 	chunks     *chunkCache
+	wholes     sync.Pool // *[]byte of a chunk
 	leaves     *pageCache
 	pageID     func(plain []byte) ID
 
@@ -186,6 +187,7 @@ func Open(ctx context.Context, b bucket.Bucket, open IndexOpener, opt OpenOption
 	}
 	r.packer, r.mergePacks = newPacker(r), mergePacks
 	r.packs.open = r.openPack
+	r.wholes.New = func() any { b := make([]byte, r.cfg.ChunkSize); return &b }
 	r.chunks = newChunkCache(cmp.Or(opt.ChunkCache, 64<<20))
 	r.leaves = newPageCache(cmp.Or(opt.PageCache, 32<<20))
 

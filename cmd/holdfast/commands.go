@@ -118,6 +118,14 @@ func commands() []command {
 			min: 1, max: 1, completes: files, run: runUmount,
 		},
 		{
+			name: "export", usage: "POINT --nbd ADDRESS [--disk disk0] [--writable [--overlay DIR]] [--tls-cert FILE --tls-key FILE [--tls-ca FILE]]",
+			short: "serve the disks of a restore point by NBD",
+			long:  exportHelp,
+			min:   1, max: 1,
+			flags: exportFlags(),
+			needs: needRepository, check: checkExport, run: runExport,
+		},
+		{
 			name:  "boot",
 			usage: "POINT --on qemu [--background] | ls | stop NAME [--keep] | resume NAME | commit NAME | migrate NAME --to FILE",
 			short: "run the VM of a restore point",

@@ -1,0 +1,74 @@
+package store
+
+import (
+	"context"
+	"io"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Cache keeps what was read of images, decoded, least recently used out first.
+type Cache struct{ frames *chunkCache }
+
+// NewCache makes a cache of so many bytes.
+func NewCache(bytes int64) *Cache { return &Cache{newChunkCache(bytes)} }
+
+// streamLen is from how many bytes on a read is taken for one of a stream, which does not come back: it
+// uses what is in a Cache, and puts nothing there.
+const streamLen = 1 << 20
+
+// CachedImage is an image whose reads go through a Cache: that of one reader, which the reads of others
+// must not throw out. Several images may share a Cache. Safe for concurrent use.
+type CachedImage struct {
+	*Image
+	through Image // with the cache
+}
+
+var _ io.ReaderAt = (*CachedImage)(nil)
+
+// Cached gives the same image through c.
+func (m *Image) Cached(c *Cache) *CachedImage {
+	i := &CachedImage{Image: m, through: *m}
+	i.through.cache, i.through.all = c.frames, true
+	return i
+}
+
+// ReadAt reads as that of Image does.
+func (m *CachedImage) ReadAt(p []byte, off int64) (int, error) {
+	if len(p) >= streamLen {
+		return m.Image.ReadAt(p, off)
+	}
+	return m.through.ReadAt(p, off)
+}
+
+// prefetchAtOnce is how many chunks are fetched at a time: a store that answers late is asked for many.
+const prefetchAtOnce = 8
+
+// Prefetch brings a range into the cache. It returns when that is there; what cannot be read is left to
+// whoever reads it.
+func (m *CachedImage) Prefetch(off, n int64) {
+	cs := int64(m.ChunkSize())
+	end := min(off+n, m.Size())
+	var g errgroup.Group
+	g.SetLimit(prefetchAtOnce)
+	for at := off - off%cs; at < end; at += cs {
+		g.Go(func() error {
+			m.PrefetchChunk(context.Background(), at/cs)
+			return nil
+		})
+	}
+	g.Wait()
+}
+
+// PrefetchChunk brings a chunk, by its number, into the cache.
+func (m *CachedImage) PrefetchChunk(ctx context.Context, i int64) {
+	cs := int64(m.ChunkSize())
+	var b [1]byte
+	step := int64(frameLen)
+	if cs <= wholeUpTo {
+		step = cs // one frame brings the others
+	}
+	for at := i * cs; at < min((i+1)*cs, m.Size()); at += step {
+		m.through.ReadContext(ctx, b[:], at)
+	}
+}
