@@ -3,9 +3,7 @@ package vdisk
 import (
 	"fmt"
 	"io"
-	"iter"
-
-	"github.com/holdfast-backup/holdfast/store/extent"
+	"math/bits"
 )
 
 // QCOW2Image is an open qcow2 image with its backing files: a disk. Safe for
@@ -14,48 +12,25 @@ import (
 // Its Allocated reads tables only. It counts as data what any file of the chain
 // holds, unless a file above it says zero; compressed clusters are data.
 type QCOW2Image struct {
-	r        io.ReaderAt
-	fileSize int64
-	h        qcowHeaderFields
-	name     string
-	backing  Source // nil: none
-	tables   *tableCache
-	packed   *packedCache
+	mapped
+	h      qcowHeaderFields
+	packed *packedCache
 }
 
 var _ Source = (*QCOW2Image)(nil)
 
 func newQCOW2Image(r io.ReaderAt, size int64, h qcowHeaderFields, opts QCOW2Options) *QCOW2Image {
-	return &QCOW2Image{
+	q := &QCOW2Image{h: h}
+	q.mapped = mapped{
+		mapping:  q,
 		r:        r,
 		fileSize: size,
-		h:        h,
+		size:     h.size,
 		name:     opts.Name,
 		tables:   newTableCache(r, size, h.cluster(), opts.TableCache),
-		packed:   newPackedCache(r, size, h.cluster(), h.zstd),
 	}
-}
-
-// Size is the size of the disk in bytes.
-func (q *QCOW2Image) Size() int64 { return q.h.size }
-
-func (q *QCOW2Image) walk() walk { return walk{cursor{tables: q.tables}, cursor{tables: q.tables}} }
-
-// kind says where the bytes of a part of the disk are.
-type kind byte
-
-const (
-	fromBacking kind = iota // in the backing file; zeros when there is none
-	zeroes
-	plain  // in the file, at host
-	packed // compressed in the file; host is the L2 entry
-)
-
-// span is a part of the disk that is all of one kind.
-type span struct {
-	extent.Extent
-	kind kind
-	host int64
+	q.packed = newPackedCache(h.cluster(), q.decompress)
+	return q
 }
 
 // unit is the smallest part of the disk that has a kind of its own: a cluster,
@@ -110,7 +85,7 @@ func (q *QCOW2Image) lookup(w *walk, off int64) (span, error) {
 // Cluster Descriptor" and "Extended L2 Entries".
 //
 //	bit 63 copied, bit 62 compressed
-//	compressed: the rest belongs to packedCache
+//	compressed: the rest belongs to decompress
 //	else: bits 9..55 offset in the file, bit 0 "reads as zeros" (version 3,
 //	not extended), all others reserved
 //	bitmap (extended): bits 0..31 subcluster is in the file, 32..63 is zeros
@@ -149,145 +124,34 @@ func (q *QCOW2Image) decode(off int64, entry, bitmap uint64) (span, error) {
 	return s, nil
 }
 
-// to is the range [off, end).
-func to(off, end int64) extent.Extent { return extent.Extent{Off: off, Len: end - off} }
+func (q *QCOW2Image) unpack(p []byte, s span) error {
+	return q.packed.read(p, packedKey{host: s.host}, s.Off&(q.h.cluster()-1))
+}
 
-// next finds the longest span from off on, at most to end; off < end. What is
-// compressed is never longer than a cluster.
-func (q *QCOW2Image) next(w *walk, off, end int64) (span, error) {
-	s, err := q.lookup(w, off)
-	for err == nil && s.End() < end && s.kind != packed {
-		var more span
-		if more, err = q.lookup(w, s.End()); err != nil || !continues(s, more) {
-			// An error is met again if the reader gets there.
-			err = nil
-			break
-		}
-		s.Len += more.Len
+// decompress decodes into dst, which is one cluster. The entry, qcow2
+// specification, "Compressed Clusters Descriptor", with x = 70 - cluster_bits:
+//
+//	bits 0..x-1  offset in the file, not aligned
+//	bits x..61   512-byte sectors used after the one with that offset
+func (q *QCOW2Image) decompress(u *unpacker, dst []byte, key packedKey) error {
+	x := 70 - bits.TrailingZeros64(uint64(q.h.cluster()))
+	off := key.host & (1<<x - 1)
+	n := (key.host>>x+1)*sector - off%sector
+	if off >= q.fileSize {
+		return corrupt("compressed data at %d lies past the end of the file at %d", off, q.fileSize)
 	}
-	s.Len = min(s.Len, end-off)
+	n = min(n, q.fileSize-off) // the last sector need not be whole; too little will not decode
+	if err := u.load(q.r, off, n); err != nil {
+		return err
+	}
+	var err error
+	if q.h.zstd {
+		err = u.unzstd(dst)
+	} else {
+		err = u.inflate(dst)
+	}
 	if err != nil {
-		err = q.wrap(off, err)
+		return corrupt("compressed data at %d (%v)", off, err)
 	}
-	return s, err
-}
-
-func continues(s, more span) bool {
-	return s.kind == more.kind && (s.kind != plain || s.host+s.Len == more.host)
-}
-
-func (q *QCOW2Image) wrap(off int64, err error) error {
-	return fmt.Errorf("%s: reading at %d: %w", q.name, off, err)
-}
-
-// ReadAt reads neighbouring clusters at once where they are neighbours in the
-// file, too.
-func (q *QCOW2Image) ReadAt(p []byte, off int64) (int, error) {
-	p, end := clip(p, off, q.h.size)
-	w := q.walk()
-	done := 0
-	for done < len(p) {
-		s, err := q.next(&w, off+int64(done), off+int64(len(p)))
-		if err != nil {
-			return done, err
-		}
-		n, err := q.readSpan(p[done:done+int(s.Len)], s)
-		done += n
-		if err != nil {
-			return done, err
-		}
-	}
-	return done, end
-}
-
-func (q *QCOW2Image) readSpan(p []byte, s span) (int, error) {
-	switch s.kind {
-	case plain:
-		if s.Len > q.fileSize-s.host {
-			return 0, q.wrap(s.Off, corrupt("data at %d lies past the end of the file at %d", s.host+s.Len, q.fileSize))
-		}
-		n, err := readFull(q.r, p, s.host)
-		if err != nil {
-			err = q.wrap(s.Off+int64(n), err)
-		}
-		return n, err
-	case packed:
-		if err := q.packed.read(p, uint64(s.host), s.Off&(q.h.cluster()-1)); err != nil {
-			return 0, q.wrap(s.Off, err)
-		}
-		return len(p), nil
-	case fromBacking:
-		if q.backing != nil {
-			return readPadded(q.backing, p, s.Off) // its error names its own file
-		}
-	}
-	clear(p)
-	return len(p), nil
-}
-
-// Allocated implements Source.
-func (q *QCOW2Image) Allocated(granularity int64) iter.Seq2[extent.Extent, error] {
-	if granularity <= 0 {
-		return failed(fmt.Errorf("%s: granularity %d", q.name, granularity))
-	}
-	return extent.Coarsen(q.data(granularity), granularity, q.h.size)
-}
-
-// data walks the tables, and the backing file beside them.
-func (q *QCOW2Image) data(granularity int64) iter.Seq2[extent.Extent, error] {
-	return func(yield func(extent.Extent, error) bool) {
-		below := noBacking
-		if q.backing != nil {
-			next, stop := iter.Pull2(q.backing.Allocated(granularity))
-			defer stop()
-			below = (&backingData{next: next}).within
-		}
-		w := q.walk()
-		const step = 1 << 40 // so that a walk through an empty disk ends a span now and then
-		for off := int64(0); off < q.h.size; {
-			s, err := q.next(&w, off, min(q.h.size, off+step))
-			switch {
-			case err != nil:
-				yield(extent.Extent{}, err)
-				return
-			case s.kind == fromBacking:
-				if !below(s.Extent, yield) {
-					return
-				}
-			case s.kind != zeroes:
-				if !yield(s.Extent, nil) {
-					return
-				}
-			}
-			off = s.End()
-		}
-	}
-}
-
-func noBacking(extent.Extent, func(extent.Extent, error) bool) bool { return true }
-
-// backingData gives the ranges of a backing file in ascending order.
-type backingData struct {
-	next func() (extent.Extent, error, bool)
-	cur  extent.Extent
-	done bool
-}
-
-// within yields what the backing file has in window. Windows ascend.
-func (b *backingData) within(window extent.Extent, yield func(extent.Extent, error) bool) bool {
-	for !b.done {
-		if e := extent.Intersect(b.cur, window); !e.Empty() && !yield(e, nil) {
-			return false
-		}
-		if b.cur.End() >= window.End() {
-			return true // and perhaps in the next window as well
-		}
-		e, err, ok := b.next()
-		if err != nil {
-			yield(extent.Extent{}, err)
-			return false
-		}
-		b.cur, b.done = e, !ok
-	}
-	return true
+	return nil
 }

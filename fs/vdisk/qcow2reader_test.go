@@ -339,7 +339,7 @@ func TestCompressedClustersDecodeOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		w := fresh.walk()
-		s, err := fresh.lookup(&w, mib)
+		s, err := fresh.lookup(w, mib)
 		if err != nil || s.kind != packed {
 			t.Fatal(s, err)
 		}

@@ -6,7 +6,7 @@ import (
 	"sync"
 )
 
-// tableCache keeps slices of L1 and L2 tables in memory: pieces of a file as
+// tableCache keeps slices of the tables of an image in memory: pieces of a file as
 // large as a slice and aligned to it. Safe for concurrent use.
 type tableCache struct {
 	r     io.ReaderAt
@@ -92,18 +92,28 @@ type cursor struct {
 	b      []byte
 }
 
-// uint64 is the integer at off, a multiple of 8.
+// uint64 is the big-endian integer at off, a multiple of 8.
 func (c *cursor) uint64(off int64) (uint64, error) {
+	b, err := c.bytes(off, 8)
+	if err != nil {
+		return 0, err
+	}
+	return binary.BigEndian.Uint64(b), nil
+}
+
+// bytes gives what the cache has in one piece from off on, n bytes or more; off
+// is a multiple of n, a power of two. The bytes must not be changed.
+func (c *cursor) bytes(off, n int64) ([]byte, error) {
 	in := off & (c.tables.slice - 1)
 	if c.b == nil || off-in != c.off {
 		b, err := c.tables.get(off - in)
 		if err != nil {
-			return 0, err
+			return nil, err
 		}
 		c.off, c.b = off-in, b
 	}
-	if in+8 > int64(len(c.b)) {
-		return 0, corrupt("a table entry at %d lies past the end of the file at %d", off, c.tables.size)
+	if in+n > int64(len(c.b)) {
+		return nil, corrupt("a table entry at %d lies past the end of the file at %d", off, c.tables.size)
 	}
-	return binary.BigEndian.Uint64(c.b[in:]), nil
+	return c.b[in:], nil
 }
