@@ -31,8 +31,12 @@ const (
 	vhdxBAT      = 3 * mib
 
 	// States of a payload block, MS-VHDX §2.5.1.1.
-	vhdxZero    = 2 // reads as zeros, not in the file
-	vhdxPresent = 6
+	vhdxAbsent    = 0 // in the parent; without one, undefined
+	vhdxUndefined = 1
+	vhdxZero      = 2 // reads as zeros, not in the file
+	vhdxUnmapped  = 3
+	vhdxPresent   = 6
+	vhdxPartial   = 7 // partly in the parent: see the sector bitmap
 )
 
 // Known regions and metadata items, MS-VHDX §2.2.3.2 and §2.6.2.
@@ -104,7 +108,7 @@ func (c *computed) fillBAT(p []byte, off int64) {
 // vhdxFileIdentifier, MS-VHDX §2.2.1: signature and creator in UTF-16LE.
 func vhdxFileIdentifier() []byte {
 	b := make([]byte, 8+512)
-	copy(b, "vhdxfile")
+	copy(b, vhdxMagic)
 	for i, u := range utf16.Encode([]rune("Holdfast")) {
 		binary.LittleEndian.PutUint16(b[8+2*i:], u)
 	}
@@ -155,6 +159,8 @@ func vhdxRegionTable(batLen int64) []byte {
 	return b[:16+2*32]
 }
 
+const vhdxMagic = "vhdxfile"
+
 const vhdxItems = 64 * kib // where items begin in the metadata region, MS-VHDX §2.6.1.2
 
 // vhdxMetadata makes the metadata table (MS-VHDX §2.6.1) and the items it
@@ -190,7 +196,9 @@ func vhdxMetadata(disk int64, id Identity) (table, items []byte) {
 	return table, items
 }
 
-func castagnoli(b []byte) uint32 { return crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)) }
+var castagnoliTable = crc32.MakeTable(crc32.Castagnoli)
+
+func castagnoli(b []byte) uint32 { return crc32.Checksum(b, castagnoliTable) }
 
 // guid is the binary form of a constant: the first three fields are
 // little-endian (MS-DTYP §2.3.4.2).
