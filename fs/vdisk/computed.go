@@ -22,12 +22,12 @@ import (
 // disk is zero.
 type computed struct {
 	src    Source
-	blocks *bitmap  // which blocks of the disk have data
-	unit   int64    // bytes per block
-	meta   []region // ascending
-	data   int64    // where the blocks begin, a multiple of what the format asks
-	size   int64    // of the file
-	stored int64    // bytes of tables that are not all zero, and of blocks
+	blocks *bitmap // which blocks of the disk have data
+	unit   int64   // bytes per block
+	meta   regions // ascending
+	data   int64   // where the blocks begin, a multiple of what the format asks
+	size   int64   // of the file
+	stored int64   // bytes of tables that are not all zero, and of blocks
 }
 
 var _ File = (*computed)(nil)
@@ -74,7 +74,7 @@ func (c *computed) ReadAt(p []byte, off int64) (int, error) {
 	done := 0
 	if off < c.data && len(p) > 0 {
 		done = int(min(int64(len(p)), c.data-off))
-		c.readMeta(p[:done], off)
+		c.meta.read(p[:done], off)
 	}
 	n, err := c.readBlocks(p[done:], off+int64(done))
 	if err != nil {
@@ -83,9 +83,13 @@ func (c *computed) ReadAt(p []byte, off int64) (int, error) {
 	return done + n, end
 }
 
-func (c *computed) readMeta(p []byte, off int64) {
-	for i := range c.meta {
-		r := &c.meta[i]
+// regions are in ascending order, with zeros between them.
+type regions []region
+
+// read sets p to the bytes from off on.
+func (rs regions) read(p []byte, off int64) {
+	for i := range rs {
+		r := &rs[i]
 		if r.End() <= off {
 			continue
 		}
