@@ -107,7 +107,7 @@ func (f *inPlace) fillMap(m *mapTable, p []byte, off int64) error {
 		if e.Off >= last*f.unit {
 			break
 		}
-		put(m.lead+max(first, e.Off/f.unit), m.lead+min(last, divUp(e.End(), f.unit)), func(i int64) uint64 { return m.entry(i - m.lead) })
+		put(m.lead+e.Off/f.unit, m.lead+divUp(e.End(), f.unit), func(i int64) uint64 { return m.entry(i - m.lead) })
 	}
 	return nil
 }
