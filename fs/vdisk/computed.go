@@ -22,12 +22,12 @@ import (
 // disk is zero.
 type computed struct {
 	src    Source
-	blocks *bitmap // which blocks of the disk have data
-	unit   int64   // bytes per block
-	meta   regions // ascending
-	data   int64   // where the blocks begin, a multiple of what the format asks
-	size   int64   // of the file
-	stored int64   // bytes of tables that are not all zero, and of blocks
+	blocks *bitmap  // which blocks of the disk have data
+	unit   int64    // bytes per block
+	meta   []region // ascending
+	data   int64    // where the blocks begin, a multiple of what the format asks
+	size   int64    // of the file
+	stored int64    // bytes of tables that are not all zero, and of blocks
 }
 
 var _ File = (*computed)(nil)
@@ -48,6 +48,27 @@ func bytesRegion(off int64, b []byte) region {
 		Extent: extent.Extent{Off: off, Len: int64(len(b))},
 		fill:   func(p []byte, off int64) { copy(p, b[off:]) },
 	}
+}
+
+// fillRegions sets p to what regions have from off on, zeros between them.
+func fillRegions(regions []region, p []byte, off int64) {
+	for i := range regions {
+		r := &regions[i]
+		if r.End() <= off {
+			continue
+		}
+		if gap := min(int64(len(p)), r.Off-off); gap > 0 {
+			clear(p[:gap])
+			p, off = p[gap:], off+gap
+		}
+		n := min(int64(len(p)), r.End()-off)
+		if n <= 0 {
+			break
+		}
+		r.fill(p[:n], off-r.Off)
+		p, off = p[n:], off+n
+	}
+	clear(p)
 }
 
 // finish does the sums once everything else is set.
@@ -74,37 +95,13 @@ func (c *computed) ReadAt(p []byte, off int64) (int, error) {
 	done := 0
 	if off < c.data && len(p) > 0 {
 		done = int(min(int64(len(p)), c.data-off))
-		c.meta.read(p[:done], off)
+		fillRegions(c.meta, p[:done], off)
 	}
 	n, err := c.readBlocks(p[done:], off+int64(done))
 	if err != nil {
 		return done + n, err
 	}
 	return done + n, end
-}
-
-// regions are in ascending order, with zeros between them.
-type regions []region
-
-// read sets p to the bytes from off on.
-func (rs regions) read(p []byte, off int64) {
-	for i := range rs {
-		r := &rs[i]
-		if r.End() <= off {
-			continue
-		}
-		if gap := min(int64(len(p)), r.Off-off); gap > 0 {
-			clear(p[:gap])
-			p, off = p[gap:], off+gap
-		}
-		n := min(int64(len(p)), r.End()-off)
-		if n <= 0 {
-			break
-		}
-		r.fill(p[:n], off-r.Off)
-		p, off = p[n:], off+n
-	}
-	clear(p)
 }
 
 // readBlocks asks the disk once per run of neighbouring blocks.
@@ -210,6 +207,8 @@ func (t table) put(p []byte, v uint64) {
 		binary.BigEndian.PutUint64(p, v)
 	case t.width == 8:
 		binary.LittleEndian.PutUint64(p, v)
+	case t.width == 4 && t.big:
+		binary.BigEndian.PutUint32(p, uint32(v))
 	case t.width == 4:
 		binary.LittleEndian.PutUint32(p, uint32(v))
 	default:

@@ -18,7 +18,7 @@ import (
 // and only there if the disk has AllocatedFrom.
 type inPlace struct {
 	src  Source
-	meta regions
+	meta []region   // ascending
 	maps []mapTable // ascending, one after the other up to data
 	unit int64      // bytes of disk per entry of a map
 	data int64
@@ -80,7 +80,7 @@ func (f *inPlace) readPart(p []byte, off int64) (int, error) {
 		return len(p), nil
 	}
 	p = p[:min(int64(len(p)), next-off)]
-	f.meta.read(p, off)
+	fillRegions(f.meta, p, off)
 	return len(p), nil
 }
 

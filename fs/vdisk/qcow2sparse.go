@@ -64,7 +64,7 @@ func QCOW2Sparse(src Source) (File, error) {
 		unit: qcowCluster,
 		data: data,
 		size: data + clusters*qcowCluster,
-		meta: regions{
+		meta: []region{
 			bytesRegion(0, qcowHeader(disk, l2Tables, l1At, refTable)),
 			tableRegion(qcowCluster, refTable*qcowCluster, 8, pointers(refBlocksAt, refBlocks, 0)),
 			tableRegion(l1At, l1Clusters*qcowCluster, 8, pointers(l2At, l2Tables, qcowCopied)),

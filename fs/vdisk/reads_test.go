@@ -15,7 +15,7 @@ import (
 // Random reads agree with the file that TestAgainstQEMU shows to QEMU.
 func TestReadsAnywhere(t *testing.T) {
 	for _, l := range layouts() {
-		for _, f := range formatsFor(l) {
+		for _, f := range formats() {
 			t.Run(f.name+"/"+l.name, func(t *testing.T) {
 				t.Parallel()
 				file, err := f.make(l.disk, "x.vmdk")
@@ -43,7 +43,7 @@ func TestReadsAnywhere(t *testing.T) {
 
 func TestAllocatedOfComputed(t *testing.T) {
 	for _, l := range layouts() {
-		for _, f := range formatsFor(l) {
+		for _, f := range formats() {
 			t.Run(f.name+"/"+l.name, func(t *testing.T) {
 				t.Parallel()
 				file, err := f.make(l.disk, "x.vmdk")
@@ -87,7 +87,7 @@ func TestSparseStaysSparse(t *testing.T) {
 // A bad sector is an error of every read that needs it, with the bytes before
 // it, and of no other read.
 func TestSourceErrors(t *testing.T) {
-	for _, f := range allFormats() {
+	for _, f := range formats() {
 		disk := newModel(1, 40*mib, ext(0, mib), ext(33*mib, 2*mib))
 		disk.bad = 33*mib + 100*kib + 7
 		file, err := f.make(disk, "x.vmdk")
@@ -130,7 +130,7 @@ func (s shrunk) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func TestShortSource(t *testing.T) {
-	for _, f := range allFormats() {
+	for _, f := range formats() {
 		file, err := f.make(shrunk{newModel(1, 3*mib, ext(0, 3*mib)), 2 * mib}, "x.vmdk")
 		if err != nil {
 			t.Fatal(err)
@@ -143,7 +143,7 @@ func TestShortSource(t *testing.T) {
 }
 
 func TestNegativeOffset(t *testing.T) {
-	for _, f := range allFormats() {
+	for _, f := range formats() {
 		file, _ := f.make(newModel(1, mib), "x.vmdk")
 		if n, err := file.ReadAt(make([]byte, 5), -3); n != 0 || err == nil || err == io.EOF {
 			t.Errorf("%s: %d, %v", f.name, n, err)
@@ -199,7 +199,7 @@ func TestReadsAreCheap(t *testing.T) {
 
 func TestConcurrentReads(t *testing.T) {
 	disk := randomModel(11, 300*mib+99, 400, mib)
-	for _, f := range allFormats() {
+	for _, f := range formats() {
 		file, err := f.make(disk, "x.vmdk")
 		if err != nil {
 			t.Fatal(err)

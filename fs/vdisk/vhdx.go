@@ -99,7 +99,7 @@ func VHDXAs(src Source, id Identity, layout VHDXLayout) (File, error) {
 
 	table := vhdxRegionTable(batLen)
 	metadata, items := vhdxMetadata(disk, layout, id)
-	meta := regions{
+	meta := []region{
 		bytesRegion(0, vhdxFileIdentifier()),
 		bytesRegion(vhdxHeader1, vhdxHeader(id, layout.name(), 1)),
 		bytesRegion(vhdxHeader2, vhdxHeader(id, layout.name(), 2)),

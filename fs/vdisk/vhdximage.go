@@ -114,7 +114,9 @@ func (v *VHDXImage) place(entry uint64, n int64) (int64, error) {
 
 // partial cuts s, a part of a block that is partially present, to the sectors
 // that are all in the file, or all in the parent: one bit per sector, set for
-// those in the file (MS-VHDX §2.4).
+// those in the file (MS-VHDX §2.4). The BAT entry of a sector bitmap stands
+// after those of a whole chunk, in the last chunk as well, however short (§2.5,
+// "must be able to locate the last sector bitmap block").
 func (v *VHDXImage) partial(w *walk, s span) (span, error) {
 	chunk := v.meta.block * v.ratio // bytes of disk per sector bitmap
 	i := s.Off / chunk
@@ -134,7 +136,7 @@ func (v *VHDXImage) partial(w *walk, s span) (span, error) {
 	if err != nil {
 		return s, err
 	}
-	run, here := bitRun(slice, bit%64)
+	run, here := sectorRun(slice, bit%64)
 	end := (s.Off/v.meta.sector + run) * v.meta.sector
 	s.Len = min(s.End(), end) - s.Off
 	if !here {
@@ -143,9 +145,9 @@ func (v *VHDXImage) partial(w *walk, s span) (span, error) {
 	return s, nil
 }
 
-// bitRun counts equal bits in b from bit on, in whole words of 64 of which the
+// sectorRun counts equal bits in b from bit on, in whole words of 64 of which the
 // first has bit.
-func bitRun(b []byte, bit int64) (n int64, set bool) {
+func sectorRun(b []byte, bit int64) (n int64, set bool) {
 	word := binary.LittleEndian.Uint64(b) >> bit
 	flip := uint64(0)
 	if set = word&1 == 1; set {

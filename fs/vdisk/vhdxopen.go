@@ -115,7 +115,6 @@ func goodSum(b []byte) bool {
 
 // vhdxHead is what the reader needs of the current header.
 type vhdxHead struct {
-	sequence  uint64
 	dataWrite GUID
 	log       GUID // zero: nothing to replay
 	logAt     int64
@@ -156,7 +155,7 @@ func vhdxSequence(header []byte) uint64 { return binary.LittleEndian.Uint64(head
 // parseVHDXHeader: the layout is at vhdxHeader.
 func parseVHDXHeader(b []byte, size int64) (vhdxHead, error) {
 	le := binary.LittleEndian
-	h := vhdxHead{sequence: vhdxSequence(b), dataWrite: GUID(b[32:]), log: GUID(b[48:])}
+	h := vhdxHead{dataWrite: GUID(b[32:]), log: GUID(b[48:])}
 	if v := le.Uint16(b[66:]); v != 1 {
 		return h, unsupported("VHDX version %d", v)
 	}
@@ -245,7 +244,6 @@ type vhdxMetaItems struct {
 	block     int64 // bytes
 	disk      int64 // bytes
 	sector    int64 // logical, bytes
-	fixed     bool
 	hasParent bool
 	locator   []byte // of a parent
 }
@@ -330,7 +328,7 @@ func parseVHDXMetadata(items map[string][]byte) (vhdxMetaItems, error) {
 	}
 	m.block, m.sector = int64(le.Uint32(params)), int64(le.Uint32(logical))
 	flags := le.Uint32(params[4:])
-	m.fixed, m.hasParent = flags&1 != 0, flags&2 != 0
+	m.hasParent = flags&2 != 0 // bit 0 is for writers: leave blocks allocated
 	if flags>>2 != 0 {
 		return m, unsupported("file parameters %#x", flags)
 	}
