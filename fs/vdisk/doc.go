@@ -1,4 +1,4 @@
-// Package vdisk knows virtual disk file formats: it reads raw, qcow2 and VHDX files,
+// Package vdisk knows virtual disk file formats: it reads raw and qcow2 files,
 // and computes VHDX, VMDK and qcow2 files over any disk without storing them.
 //
 // A computed file is a pure function of a [Source] and an [Identity]: the same
@@ -17,6 +17,6 @@
 // with zeros or short data; a damaged image is [ErrCorrupt] with the file and
 // the offset; nothing an image says makes it allocate more than its caches hold.
 //
-// What it does not do: write or repair images, read VMDK, decrypt,
+// What it does not do: write or repair images, read VHDX or VMDK, decrypt,
 // follow qcow2 external data files, or show internal snapshots.
 package vdisk
