@@ -96,20 +96,25 @@ func (r *RawFile) ReadAt(p []byte, off int64) (int, error) {
 // Allocated asks the file system for holes (lseek(2), SEEK_DATA). A device, or
 // a file system that does not know, is data throughout.
 func (r *RawFile) Allocated(granularity int64) iter.Seq2[extent.Extent, error] {
-	if granularity <= 0 {
-		return failed(fmt.Errorf("%s: granularity %d", r.f.Name(), granularity))
-	}
-	return extent.Coarsen(r.data(), granularity, r.size)
+	return r.AllocatedFrom(0, granularity)
 }
 
-func (r *RawFile) data() iter.Seq2[extent.Extent, error] {
+// AllocatedFrom is Allocated without the ranges that end at off or before.
+func (r *RawFile) AllocatedFrom(off, granularity int64) iter.Seq2[extent.Extent, error] {
+	if granularity <= 0 || off < 0 {
+		return failed(fmt.Errorf("%s: data from %d on, granularity %d", r.f.Name(), off, granularity))
+	}
+	return extent.Coarsen(r.data(off-off%granularity), granularity, r.size)
+}
+
+func (r *RawFile) data(off int64) iter.Seq2[extent.Extent, error] {
 	return func(yield func(extent.Extent, error) bool) {
 		if r.device {
-			yield(to(0, r.size), nil)
+			yield(to(off, r.size), nil)
 			return
 		}
 		// Each call gives its own start, so several walks may share the file.
-		for off := int64(0); off < r.size; {
+		for off := off; off < r.size; {
 			from, err := r.f.Seek(off, unix.SEEK_DATA)
 			if errors.Is(err, unix.ENXIO) {
 				return // a hole up to the end

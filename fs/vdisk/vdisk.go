@@ -60,7 +60,7 @@ func (id Identity) derive(purpose string) [16]byte {
 	return g
 }
 
-const sector = 512 // bytes; the logical sector of every format here
+const sector = 512 // bytes; the logical sector, but of a VHDX that was asked for others
 
 // roundUp grows n to a multiple of unit. Callers bound n well below 2^62.
 func roundUp(n, unit int64) int64 { return (n + unit - 1) / unit * unit }

@@ -17,8 +17,7 @@ const (
 	tib = 1 << 40
 
 	vhdxBlock   = 32 * mib
-	vhdxMaxDisk = 64 * tib                       // MS-VHDX §2.6.2.2
-	vhdxRatio   = (1 << 23) * sector / vhdxBlock // payload blocks per sector bitmap block, MS-VHDX §2.5
+	vhdxMaxDisk = 64 * tib // MS-VHDX §2.6.2.2
 
 	// The file, MS-VHDX §2.1: everything starts at a multiple of 1 MiB but the
 	// headers and region tables in the first.
@@ -31,8 +30,12 @@ const (
 	vhdxBAT      = 3 * mib
 
 	// States of a payload block, MS-VHDX §2.5.1.1.
-	vhdxZero    = 2 // reads as zeros, not in the file
-	vhdxPresent = 6
+	vhdxAbsent    = 0 // in the parent; without one, undefined
+	vhdxUndefined = 1
+	vhdxZero      = 2 // reads as zeros, not in the file
+	vhdxUnmapped  = 3
+	vhdxPresent   = 6
+	vhdxPartial   = 7 // partly in the parent: see the sector bitmap
 )
 
 // Known regions and metadata items, MS-VHDX §2.2.3.2 and §2.6.2.
@@ -46,13 +49,38 @@ const (
 	vhdxPhysicalSector = "CDA348C7-445D-4471-9CC9-E9885251C556"
 )
 
-// VHDX computes a dynamic VHDX of src with blocks of 32 MiB and sectors of 512
-// bytes (4096 physical).
+// VHDXLayout says what kind of VHDX to compute. The zero value is a dynamic one
+// with blocks of 32 MiB and sectors of 512 bytes.
+type VHDXLayout struct {
+	Fixed  bool
+	Sector int64 // logical, 512 or 4096 bytes; 0 means 512
+	Block  int64 // a power of two from 1 MiB to 256 MiB; 0 means 32 MiB
+}
+
+// VHDX is VHDXAs with the zero layout.
+func VHDX(src Source, id Identity) (File, error) { return VHDXAs(src, id, VHDXLayout{}) }
+
+// VHDXAs computes a VHDX of src. Physical sectors have 4096 bytes.
 //
 // The disk in it is src padded with zeros to whole sectors. A disk of size 0 is
-// ErrEmpty: QEMU refuses the VHDX of it. Above 64 TiB it is ErrTooLarge. The file is to be served read-only: a
-// host that may write changes the header the moment it opens it.
-func VHDX(src Source, id Identity) (File, error) {
+// ErrEmpty: QEMU refuses the VHDX of it. Above 64 TiB it is ErrTooLarge. The
+// file is to be served read-only: a host that may write changes the header the
+// moment it opens it.
+//
+// A dynamic one has the blocks with data and lists the disk once when it is
+// made. A fixed one has all blocks in their order: its size depends on the
+// disk's only, it does not ask which parts have data, and keeps nothing in
+// memory.
+func VHDXAs(src Source, id Identity, layout VHDXLayout) (File, error) {
+	if layout.Sector == 0 {
+		layout.Sector = sector
+	}
+	if layout.Block == 0 {
+		layout.Block = vhdxBlock
+	}
+	if layout.Sector != 512 && layout.Sector != 4096 || layout.Block < mib || layout.Block > 256*mib || layout.Block&(layout.Block-1) != 0 {
+		return nil, fmt.Errorf("vhdx: blocks of %d bytes in sectors of %d", layout.Block, layout.Sector)
+	}
 	disk := src.Size()
 	if disk > vhdxMaxDisk {
 		return nil, fmt.Errorf("vhdx: %d bytes, at most %d: %w", disk, int64(vhdxMaxDisk), ErrTooLarge)
@@ -60,51 +88,72 @@ func VHDX(src Source, id Identity) (File, error) {
 	if disk == 0 {
 		return nil, fmt.Errorf("vhdx: %w", ErrEmpty)
 	}
-	disk = roundUp(disk, sector)
-	blocks, err := allocatedBlocks(src, vhdxBlock)
+	disk = roundUp(disk, layout.Sector)
+	blocks := divUp(disk, layout.Block)
+	// One sector bitmap entry follows each ratio payload entries that are not
+	// the last, MS-VHDX §2.5.
+	ratio := (1 << 23) * layout.Sector / layout.Block
+	entries := blocks + (blocks-1)/ratio
+	batLen := roundUp(entries*8, mib)
+	data := vhdxBAT + batLen
+
+	table := vhdxRegionTable(batLen)
+	metadata, items := vhdxMetadata(disk, layout, id)
+	meta := []region{
+		bytesRegion(0, vhdxFileIdentifier()),
+		bytesRegion(vhdxHeader1, vhdxHeader(id, layout.name(), 1)),
+		bytesRegion(vhdxHeader2, vhdxHeader(id, layout.name(), 2)),
+		bytesRegion(vhdxRegions1, table),
+		bytesRegion(vhdxRegions2, table),
+		bytesRegion(vhdxMeta, metadata),
+		bytesRegion(vhdxMeta+vhdxItems, items),
+	}
+	if layout.Fixed {
+		place := func(b int64) uint64 { return uint64(data+b*layout.Block) | vhdxPresent }
+		meta = append(meta, vhdxBATOf(entries, ratio, place))
+		return &inPlace{src: src, meta: meta, data: data, size: data + blocks*layout.Block}, nil
+	}
+	used, err := allocatedBlocks(src, layout.Block)
 	if err != nil {
 		return nil, err
 	}
-	// One sector bitmap entry follows each vhdxRatio payload entries that are
-	// not the last, MS-VHDX §2.5.
-	entries := blocks.n + (blocks.n-1)/vhdxRatio
-	batLen := roundUp(entries*8, mib)
-	c := &computed{src: src, blocks: blocks, unit: vhdxBlock, data: vhdxBAT + batLen}
-
-	regions := vhdxRegionTable(batLen)
-	table, items := vhdxMetadata(disk, id)
-	c.meta = []region{
-		bytesRegion(0, vhdxFileIdentifier()),
-		bytesRegion(vhdxHeader1, vhdxHeader(id, 1)),
-		bytesRegion(vhdxHeader2, vhdxHeader(id, 2)),
-		bytesRegion(vhdxRegions1, regions),
-		bytesRegion(vhdxRegions2, regions),
-		bytesRegion(vhdxMeta, table),
-		bytesRegion(vhdxMeta+vhdxItems, items),
-		{Extent: extent.Extent{Off: vhdxBAT, Len: entries * 8}, fill: c.fillBAT},
-	}
-	return c.finish(), nil
-}
-
-// fillBAT: an entry is the offset in the file, a multiple of 1 MiB, with the
-// state in its low 3 bits (MS-VHDX §2.5.1). Sector bitmap entries stay 0.
-func (c *computed) fillBAT(p []byte, off int64) {
-	table{width: 8}.fill(p, off, func(i int64) uint64 {
-		if (i+1)%(vhdxRatio+1) == 0 {
-			return 0
-		}
-		b := i - i/(vhdxRatio+1)
-		if !c.blocks.has(b) {
+	c := &computed{src: src, blocks: used, unit: layout.Block, data: data}
+	c.meta = append(meta, vhdxBATOf(entries, ratio, func(b int64) uint64 {
+		if !used.has(b) {
 			return vhdxZero
 		}
 		return uint64(c.place(b)) | vhdxPresent
-	})
+	}))
+	return c.finish(), nil
+}
+
+// name tells layouts apart. It is part of ids: the one that VHDX has always made
+// has none.
+func (l VHDXLayout) name() string {
+	if l == (VHDXLayout{Sector: sector, Block: vhdxBlock}) {
+		return ""
+	}
+	return fmt.Sprintf(" fixed %t, sector %d, block %d", l.Fixed, l.Sector, l.Block)
+}
+
+// vhdxBATOf: an entry is the offset in the file, a multiple of 1 MiB, with the
+// state in its low 3 bits (MS-VHDX §2.5.1). Sector bitmap entries stay 0.
+func vhdxBATOf(entries, ratio int64, entry func(b int64) uint64) region {
+	fill := func(p []byte, off int64) {
+		table{width: 8}.fill(p, off, func(i int64) uint64 {
+			if (i+1)%(ratio+1) == 0 {
+				return 0
+			}
+			return entry(i - i/(ratio+1))
+		})
+	}
+	return region{Extent: extent.Extent{Off: vhdxBAT, Len: entries * 8}, fill: fill}
 }
 
 // vhdxFileIdentifier, MS-VHDX §2.2.1: signature and creator in UTF-16LE.
 func vhdxFileIdentifier() []byte {
 	b := make([]byte, 8+512)
-	copy(b, "vhdxfile")
+	copy(b, vhdxMagic)
 	for i, u := range utf16.Encode([]rune("Holdfast")) {
 		binary.LittleEndian.PutUint16(b[8+2*i:], u)
 	}
@@ -118,13 +167,14 @@ func vhdxFileIdentifier() []byte {
 //	+8  u64 sequence      +48 LogGuid         +68 u32 log length, +72 u64 log offset
 //
 // The checksum covers all 4096 bytes with its own field zero. A LogGuid of
-// zero says that there is nothing to replay.
-func vhdxHeader(id Identity, sequence uint64) []byte {
+// zero says that there is nothing to replay. The layout of the file makes
+// another FileWriteGuid, but the same disk.
+func vhdxHeader(id Identity, layout string, sequence uint64) []byte {
 	b := make([]byte, 4*kib)
 	le := binary.LittleEndian
 	copy(b, "head")
 	le.PutUint64(b[8:], sequence)
-	fileWrite, dataWrite := id.derive("vhdx file write"), id.derive("vhdx data write")
+	fileWrite, dataWrite := id.derive("vhdx file write"+layout), id.derive("vhdx data write")
 	copy(b[16:], fileWrite[:])
 	copy(b[32:], dataWrite[:])
 	le.PutUint16(b[66:], 1)
@@ -155,24 +205,30 @@ func vhdxRegionTable(batLen int64) []byte {
 	return b[:16+2*32]
 }
 
+const vhdxMagic = "vhdxfile"
+
 const vhdxItems = 64 * kib // where items begin in the metadata region, MS-VHDX §2.6.1.2
 
 // vhdxMetadata makes the metadata table (MS-VHDX §2.6.1) and the items it
 // points to (§2.6.2). Table: "metadata", +10 u16 count; entries from +32: GUID,
 // u32 offset in the region, u32 length, u32 flags.
-func vhdxMetadata(disk int64, id Identity) (table, items []byte) {
+func vhdxMetadata(disk int64, layout VHDXLayout, id Identity) (table, items []byte) {
 	const virtualDisk, required = 2, 4
 	le := binary.LittleEndian
 	diskID := id.derive("vhdx disk")
+	params := uint64(layout.Block)
+	if layout.Fixed {
+		params |= 1 << 32 // leave blocks allocated; bit 33 would be "has a parent"
+	}
 	list := []struct {
 		id    string
 		flags uint32
 		value []byte
 	}{
-		{vhdxFileParameters, required, le.AppendUint64(nil, vhdxBlock)}, // u32 block size, u32 flags 0: dynamic, no parent
+		{vhdxFileParameters, required, le.AppendUint64(nil, params)}, // u32 block size, u32 flags
 		{vhdxDiskSize, required | virtualDisk, le.AppendUint64(nil, uint64(disk))},
 		{vhdxDiskID, required | virtualDisk, diskID[:]},
-		{vhdxLogicalSector, required | virtualDisk, le.AppendUint32(nil, sector)},
+		{vhdxLogicalSector, required | virtualDisk, le.AppendUint32(nil, uint32(layout.Sector))},
 		{vhdxPhysicalSector, required | virtualDisk, le.AppendUint32(nil, 4*kib)},
 	}
 	table = make([]byte, 32+32*len(list))
@@ -190,7 +246,9 @@ func vhdxMetadata(disk int64, id Identity) (table, items []byte) {
 	return table, items
 }
 
-func castagnoli(b []byte) uint32 { return crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)) }
+var castagnoliTable = crc32.MakeTable(crc32.Castagnoli)
+
+func castagnoli(b []byte) uint32 { return crc32.Checksum(b, castagnoliTable) }
 
 // guid is the binary form of a constant: the first three fields are
 // little-endian (MS-DTYP §2.3.4.2).

@@ -19,9 +19,11 @@ import (
 type vhdxReport struct {
 	disk    int64 // bytes
 	present int   // payload blocks in the file
+	fixed   bool
+	sector  int64 // logical, bytes
 }
 
-// checkVHDX holds a dynamic VHDX against MS-VHDX, version 20180912, and to two
+// checkVHDX holds a dynamic or fixed VHDX against MS-VHDX, version 20180912, and to two
 // stricter rules of ours: both headers and both region tables are good, and
 // every byte of the file after the BAT belongs to a block. It shares no
 // constant with the code it checks.
@@ -35,8 +37,9 @@ func checkVHDX(r io.ReaderAt, size int64) (rep vhdxReport, err error) {
 	c.identifier()
 	c.headers()
 	bat, meta := c.regions()
-	block, disk := c.metadata(meta)
-	return vhdxReport{disk, c.bat(bat, block, disk)}, nil
+	block := c.metadata(meta, &rep)
+	rep.present = c.bat(bat, block, rep)
+	return rep, nil
 }
 
 type vhdxError struct{ error }
@@ -137,7 +140,7 @@ func (c *vhdxChecker) regions() (bat, meta extent.Extent) { // §2.2.3
 	return bat, meta
 }
 
-func (c *vhdxChecker) metadata(at extent.Extent) (block, disk int64) { // §2.6
+func (c *vhdxChecker) metadata(at extent.Extent, rep *vhdxReport) (block int64) { // §2.6
 	b := c.read(at.Off, at.Len)
 	le := binary.LittleEndian
 	c.must(string(b[:8]) == "metadata", "metadata: no signature")
@@ -170,19 +173,21 @@ func (c *vhdxChecker) metadata(at extent.Extent) (block, disk int64) { // §2.6
 	params := get("3767a1ca36fa434db3b633f0aa44e76b", 8)
 	block = int64(le.Uint32(params))
 	c.must(block >= 1<<20 && block <= 256<<20 && block&(block-1) == 0, "block size %d", block)
-	c.must(le.Uint32(params[4:]) == 0, "file parameters flags %x", params[4:])
-	disk = int64(le.Uint64(get("2442a52f1bcd7648b2115dbed83bf4b8", 8)))
-	c.must(disk > 0 && disk%512 == 0 && disk <= 64<<40, "disk of %d bytes", disk)
-	c.must(le.Uint32(get("1dbf41816fa90947ba47f233a8faab5f", 4)) == 512, "logical sector")
+	c.must(le.Uint32(params[4:])>>1 == 0, "file parameters flags %x", params[4:])
+	rep.fixed = params[4]&1 == 1
+	rep.sector = int64(le.Uint32(get("1dbf41816fa90947ba47f233a8faab5f", 4)))
+	c.must(rep.sector == 512 || rep.sector == 4096, "logical sector of %d", rep.sector)
+	rep.disk = int64(le.Uint64(get("2442a52f1bcd7648b2115dbed83bf4b8", 8)))
+	c.must(rep.disk > 0 && rep.disk%rep.sector == 0 && rep.disk <= 64<<40, "disk of %d bytes", rep.disk)
 	c.must(le.Uint32(get("c748a3cd5d4471449cc9e9885251c556", 4)) == 4096, "physical sector")
 	id := get("ab12cabee6b2234593efc309e000c746", 16)
 	c.must(slices.ContainsFunc(id, func(x byte) bool { return x != 0 }), "disk id is zero")
-	return block, disk
+	return block
 }
 
-func (c *vhdxChecker) bat(at extent.Extent, block, disk int64) (present int) { // §2.5
-	ratio := (1 << 23) * 512 / block
-	payload := (disk + block - 1) / block
+func (c *vhdxChecker) bat(at extent.Extent, block int64, rep vhdxReport) (present int) { // §2.5
+	ratio := (1 << 23) * rep.sector / block
+	payload := (rep.disk + block - 1) / block
 	entries := payload + (payload-1)/ratio
 	c.must(entries*8 <= at.Len, "BAT of %d bytes for %d entries", at.Len, entries)
 	b := c.read(at.Off, at.Len)
@@ -195,7 +200,7 @@ func (c *vhdxChecker) bat(at extent.Extent, block, disk int64) (present int) { /
 			c.must(e == 0, "sector bitmap entry %d is %x", i, e)
 			continue
 		}
-		c.must(state == 6 || state == 2, "BAT entry %d: state %d", i, state)
+		c.must(state == 6 || state == 2 && !rep.fixed, "BAT entry %d: state %d", i, state)
 		if state == 2 {
 			c.must(off == 0, "BAT entry %d: zero block at %d", i, off)
 			continue
@@ -238,11 +243,79 @@ func TestVHDXStructure(t *testing.T) {
 			for _, e := range allocated(t, l.disk, 32*mib) {
 				present += int(divUp(e.Len, 32*mib))
 			}
-			if want := (vhdxReport{roundUp(l.disk.size, 512), present}); rep != want {
+			if want := (vhdxReport{roundUp(l.disk.size, 512), present, false, 512}); rep != want {
 				t.Errorf("%+v, want %+v", rep, want)
 			}
 		})
 	}
+}
+
+// Fixed ones, sectors of 4096 bytes and other sizes of blocks.
+func TestVHDXLayouts(t *testing.T) {
+	for _, l := range layouts() {
+		for _, layout := range []VHDXLayout{
+			{Fixed: true}, {Sector: 4096}, {Fixed: true, Sector: 4096, Block: 256 * mib}, {Block: 8 * mib}, {Fixed: true, Block: 64 * mib},
+		} {
+			f, err := VHDXAs(l.disk, testID, layout)
+			if l.disk.size == 0 {
+				if !errors.Is(err, ErrEmpty) {
+					t.Error(err)
+				}
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			rep, err := checkVHDX(f, f.Size())
+			if err != nil {
+				t.Fatalf("%s, %+v: %v", l.name, layout, err)
+			}
+			want := vhdxReport{disk: roundUp(l.disk.size, max(512, layout.Sector)), fixed: layout.Fixed, sector: max(512, layout.Sector)}
+			block := layout.Block
+			if block == 0 {
+				block = 32 * mib
+			}
+			if want.present = int(divUp(want.disk, block)); !layout.Fixed {
+				want.present = 0
+				for _, e := range allocated(t, l.disk, block) {
+					want.present += int(divUp(e.Len, block))
+				}
+			}
+			if rep != want {
+				t.Errorf("%s, %+v: %+v, want %+v", l.name, layout, rep, want)
+			}
+			// Ours against ours: the writer and the reader agree about all of it.
+			if v, err := OpenVHDX(f, f.Size(), VHDXOptions{}); err != nil || v.LogicalSectorSize() != want.sector {
+				t.Error(err)
+			} else {
+				checkReads(t, 3, v, padded{l.disk, want.disk}, want.disk, 5, mib, l.disk.data)
+			}
+		}
+	}
+	for _, bad := range []VHDXLayout{{Sector: 520}, {Block: 3 * mib}, {Block: 512 * mib}, {Block: 512 * kib}, {Sector: -1}} {
+		if _, err := VHDXAs(newModel(1, mib), testID, bad); err == nil {
+			t.Errorf("%+v accepted", bad)
+		}
+	}
+	if _, err := VHDXAs(newModel(1, 64*tib), testID, VHDXLayout{Fixed: true, Sector: 4096, Block: mib}); err != nil {
+		t.Error(err)
+	}
+}
+
+// padded has zeros behind its end.
+type padded struct {
+	Source
+	size int64
+}
+
+func (p padded) Size() int64 { return p.size }
+
+func (p padded) ReadAt(b []byte, off int64) (int, error) {
+	b, end := clip(b, off, p.size)
+	if n, err := readPadded(p.Source, b, off); err != nil {
+		return n, err
+	}
+	return len(b), end
 }
 
 // The checker and QEMU notice what they are here to notice.
@@ -280,6 +353,19 @@ func TestVHDXChecksCanFail(t *testing.T) {
 			t.Errorf("%s: not noticed", c.name)
 		} else {
 			t.Logf("%s: %v", c.name, err)
+		}
+	}
+	fixed, err := VHDXAs(disk, testID, VHDXLayout{Fixed: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, broken := range map[string]*flipped{
+		"a hole in a fixed one": {fixed, 3145728 + 9*8, 6 ^ 2},
+		"fixed flag":            {fixed, 2097152 + 65536 + 4, 2},
+		"sector size":           {fixed, 2097152 + 65536 + 32 + 1, 0x12},
+	} {
+		if _, err := checkVHDX(broken, fixed.Size()); err == nil {
+			t.Errorf("%s: not noticed", name)
 		}
 	}
 	if testing.Short() {
