@@ -5,7 +5,7 @@
 //	VM/latest                    -> 2026-11-21T063000Z
 //	VM/2026-11-21T063000Z/point.json
 //	VM/2026-11-21T063000Z/config/…
-//	VM/2026-11-21T063000Z/disk0.raw  disk0.vmdk + disk0-flat.vmdk  disk0.vhdx
+//	VM/2026-11-21T063000Z/disk0.raw  disk0.qcow2  disk0.vmdk + disk0-flat.vmdk  disk0.vhdx
 //
 // Nothing is stored twice: disk formats are computed over the point's image.
 // Everything below a point is immutable and has the same identity after every

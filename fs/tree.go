@@ -273,7 +273,9 @@ func (d *pointDir) disk(disk *store.Disk) []namedNode {
 	}
 	id := identityOf(d.sum.ID, disk.Name)
 	name := disk.Name
-	nodes := []namedNode{{name + ".raw", d.file(name+".raw", raw)}}
+	nodes := []namedNode{{name + ".raw", d.file(name+".raw", raw)}, {name + ".qcow2", d.file(name+".qcow2", over(func(src vdisk.Source) (vdisk.File, error) {
+		return vdisk.QCOW2Sparse(src)
+	}))}}
 	if disk.Size == 0 {
 		return nodes
 	}

@@ -145,7 +145,7 @@ func TestTree(t *testing.T) {
 	if got := names(t, tree, "web"); got != "2026-11-20T063000Z 2026-11-20T063000Z-2 latest" {
 		t.Errorf("web: %q", got)
 	}
-	if got := names(t, tree, "web/2026-11-20T063000Z"); got != "point.json config disk0.raw disk0.vmdk disk0-flat.vmdk disk0.vhdx" {
+	if got := names(t, tree, "web/2026-11-20T063000Z"); got != "point.json config disk0.raw disk0.qcow2 disk0.vmdk disk0-flat.vmdk disk0.vhdx" {
 		t.Errorf("point: %q", got)
 	}
 	if got := names(t, tree, "web/latest"); got != "point.json config disk0.raw" {

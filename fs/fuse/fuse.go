@@ -132,6 +132,10 @@ func (s *Server) Unmount(force bool) error {
 // conn is what all nodes of a mount share.
 type conn struct{ log func(string) }
 
+// uninterrupted leaves out that the caller got a signal meanwhile. Programs that have timers or signals of their own,
+// QEMU for one, do not expect EINTR from a file system and give up; all that is done with ctx is short.
+func uninterrupted(ctx context.Context) context.Context { return context.WithoutCancel(ctx) }
+
 // errno is the one place that turns errors into error numbers.
 func (c *conn) errno(err error) syscall.Errno {
 	var e syscall.Errno
@@ -187,7 +191,7 @@ func modeOf(k fs.Kind) uint32 {
 
 // getattr answers for every kind of node.
 func (c *conn) getattr(ctx context.Context, n fs.Node, out *fuse.AttrOut) syscall.Errno {
-	a, err := n.Attr(ctx)
+	a, err := n.Attr(uninterrupted(ctx))
 	if err != nil {
 		return c.errno(err)
 	}
@@ -217,6 +221,7 @@ func (n *dirNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.Attr
 }
 
 func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*gofs.Inode, syscall.Errno) {
+	ctx = uninterrupted(ctx)
 	child, err := n.dir.Lookup(ctx, name)
 	if err != nil {
 		return nil, n.conn.errno(err)
@@ -247,7 +252,7 @@ func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (
 }
 
 func (n *dirNode) Readdir(ctx context.Context) (gofs.DirStream, syscall.Errno) {
-	entries, err := n.dir.Entries(ctx)
+	entries, err := n.dir.Entries(uninterrupted(ctx))
 	if err != nil {
 		return nil, n.conn.errno(err)
 	}
@@ -274,7 +279,7 @@ func (n *linkNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.Att
 }
 
 func (n *linkNode) Readlink(ctx context.Context) ([]byte, syscall.Errno) {
-	target, err := n.link.Target(ctx)
+	target, err := n.link.Target(uninterrupted(ctx))
 	return []byte(target), n.conn.errno(err)
 }
 
@@ -297,6 +302,7 @@ func (n *fileNode) Open(ctx context.Context, flags uint32) (gofs.FileHandle, uin
 	if flags&syscall.O_ACCMODE != syscall.O_RDONLY {
 		return nil, 0, syscall.EROFS
 	}
+	ctx = uninterrupted(ctx)
 	release, err := n.file.Hold(ctx)
 	if err != nil {
 		return nil, 0, n.conn.errno(err)

@@ -198,10 +198,11 @@ func (o *chainOpener) vhd(i image, raw *RawFile) (Source, error) {
 	})
 }
 
-// vhdx is the place where a reader of VHDX goes, with its parents by
-// o.backing(i, name, "vhdx").
-func (o *chainOpener) vhdx(i image, _ *RawFile) (Source, error) {
-	return nil, unsupported("%s: reading VHDX", i.file.Name())
+func (o *chainOpener) vhdx(i image, raw *RawFile) (Source, error) {
+	return OpenVHDX(raw, raw.Size(), VHDXOptions{
+		Name:   i.file.Name(),
+		Parent: func(l ParentLocator) (Source, error) { return o.backing(i, l.Relative(), "vhdx") },
+	})
 }
 
 func (o *chainOpener) once(f *os.File) error {

@@ -1,5 +1,5 @@
-// Package vdisk knows virtual disk file formats: it reads raw, qcow2, VMDK and
-// VHD files, and computes VHDX, VHD, VMDK and qcow2 files over any disk without
+// Package vdisk knows virtual disk file formats: it reads raw, qcow2, VMDK,
+// VHDX and VHD files, and computes VHDX, VHD, VMDK and qcow2 files over any disk without
 // storing them.
 //
 // A computed file is a pure function of a [Source] and an [Identity]: the same
@@ -19,7 +19,7 @@
 // the offset; nothing an image says makes it allocate more than its caches hold.
 //
 // What it does not do: write or repair images (but for the compressed VMDK of
-// [WriteStreamOptimized]), replay journals, decrypt, follow qcow2 external data
-// files, read physical disks through a VMDK, or show internal snapshots. It does
-// not read VHDX yet.
+// [WriteStreamOptimized]), replay the journal of a seSparse disk (the log of a VHDX is
+// replayed, in memory), decrypt, follow qcow2 external data files, read physical disks through
+// a VMDK, or show internal snapshots.
 package vdisk

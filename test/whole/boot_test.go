@@ -284,7 +284,7 @@ func TestBootThroughMount(t *testing.T) {
 	d := newBootable(t)
 	m := d.mount(t)
 	for i, form := range []struct{ file, format string }{
-		{"disk0.raw", "raw"}, {"disk0.vmdk", "vmdk"}, {"disk0.vhdx", "vhdx"},
+		{"disk0.raw", "raw"}, {"disk0.vmdk", "vmdk"}, {"disk0.vhdx", "vhdx"}, {"disk0.qcow2", "qcow2"},
 	} {
 		firmware := []string{"bios", "uefi"}[i%2]
 		t.Run(form.format+" "+firmware, func(t *testing.T) {

@@ -110,6 +110,7 @@ func TestInterop(t *testing.T) {
 			at := filepath.Join(m.dir, "vm", "latest")
 			exact(t, src, filepath.Join(at, "disk0.raw"))
 			compare(t, want, filepath.Join(at, "disk0.raw"), "raw")
+			compare(t, want, filepath.Join(at, "disk0.qcow2"), "qcow2")
 			if src.size == 0 {
 				gone(t, at+"/disk0.vmdk", at+"/disk0-flat.vmdk", at+"/disk0.vhdx")
 			} else {
