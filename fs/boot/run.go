@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -50,6 +51,7 @@ func (s *Session) Run(ctx context.Context, host Host, opt RunOptions) (drop bool
 
 	guest, err := host.Attach(ctx, &s.State)
 	if errors.Is(err, ErrGone) {
+		defer s.readAhead(ctx, opt.Log)()
 		guest, err = host.Boot(ctx, &s.State)
 	}
 	if err != nil {
@@ -91,6 +93,28 @@ func (s *Session) Run(ctx context.Context, host Host, opt RunOptions) (drop bool
 	<-guest.Done()
 	s.Process = Process{}
 	return !how.Keep, errors.Join(s.save(), s.finishMoves(context.WithoutCancel(ctx)))
+}
+
+// readAhead replays the last boot, and keeps the list of this one when it is booted or over. What it gives ends it.
+func (s *Session) readAhead(ctx context.Context, log func(error)) (end func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	over := make(chan struct{})
+	var work sync.WaitGroup
+	work.Go(func() { s.replay(ctx) })
+	work.Go(func() {
+		select {
+		case <-over:
+		case <-time.After(time.Until(s.rec.until)):
+		}
+		if err := s.saveTouched(context.WithoutCancel(ctx)); err != nil && log != nil {
+			log(err)
+		}
+	})
+	return func() {
+		close(over)
+		cancel()
+		work.Wait()
+	}
 }
 
 // Frozen pauses the VM, when it runs, while fn reads the disks.

@@ -36,7 +36,9 @@ type Session struct {
 	point   *store.Point
 	release func() // of the point
 	locked  *os.File
-	disks   []*overlay.Disk
+	images  []*store.CachedImage // of the point
+	disks   []*overlay.Disk      // over them
+	rec     *recorder
 
 	mu sync.Mutex // guards following
 	// guest is nil before it runs.
@@ -146,11 +148,15 @@ func Open(ctx context.Context, st *State, repo *store.Repo) (*Session, error) {
 }
 
 func (s *Session) overlays(get func(string, overlay.Image, overlay.Options) (*overlay.Disk, error)) error {
-	for _, d := range s.Machine.Disks {
-		img, err := s.repo.OpenDisk(s.point, d.Name)
+	cache := store.NewCache(CacheBytes)
+	s.rec = &recorder{until: time.Now().Add(touchTime), seen: map[touched]bool{}}
+	for i, d := range s.Machine.Disks {
+		whole, err := s.repo.OpenDisk(s.point, d.Name)
 		if err != nil {
 			return err
 		}
+		img := &touchedImage{whole.Cached(cache), uint32(i), s.rec}
+		s.images = append(s.images, img.CachedImage)
 		o, err := get(s.File(d.Name), img, overlay.Options{Base: s.Point.String() + "/" + d.Name})
 		if err != nil {
 			return err
