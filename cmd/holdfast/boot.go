@@ -9,6 +9,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -39,14 +40,10 @@ func bootActions() []string {
 }
 
 func bootFlags() []cli.Flag {
-	return []cli.Flag{
+	return append([]cli.Flag{
 		&cli.StringFlag{Name: "on", Usage: "`HOST` that runs the VM: qemu, on this computer"},
 		&cli.StringFlag{Name: "name", Usage: "`NAME` of the boot; that of the VM by default"},
 		&cli.BoolFlag{DisableDefaultText: true, Name: "background", Usage: "return as soon as the VM runs"},
-		&cli.StringFlag{Name: "memory", Usage: "`SIZE` of its memory, such as 4G; as the VM had, or 2G"},
-		&cli.IntFlag{Name: "cpus", Usage: "`NUMBER` of its processors; as the VM had, or 2"},
-		newChoiceFlag("firmware", "`KIND` of firmware", "auto", "bios", "uefi"),
-		newChoiceFlag("bus", "`BUS` of its disks, auto as the VM had, or sata", "auto", "sata", "ide", "nvme", "virtio", "virtio-scsi", "pvscsi", "lsisas"),
 		&cli.StringFlag{Name: "network", Value: "none", Usage: "`NETWORK` that its cards are plugged into: none, user, bridge:NAME"},
 		&cli.StringFlag{Name: "vnc", Usage: "`ADDRESS` where its screen is shown, HOST:PORT with a port from 5900 on; anybody may connect"},
 		&cli.StringFlag{Name: "boots", EnvVars: []string{"HOLDFAST_BOOTS"}, TakesFile: true, Usage: "`DIR` where boots are kept, with what the VMs write"},
@@ -55,7 +52,7 @@ func bootFlags() []cli.Flag {
 		&cli.StringSliceFlag{Name: "tag", Usage: "commit: `TEXT` to keep with the restore point; may be repeated"},
 		&cli.StringFlag{Name: "to", TakesFile: true, Usage: "migrate, screenshot: `FILE` to make"},
 		&cli.StringFlag{Name: "disk", Usage: "migrate: `DISK`, when there are several"},
-	}
+	}, machineFlags()...)
 }
 
 // bootTakes lists the flags of each action; boot POINT takes those of "".
@@ -111,11 +108,11 @@ func checkBoot(c *call) error {
 		} else if on != "qemu" {
 			return withHint(usagef("boot: no host %q", on), "this build knows qemu")
 		}
-		if _, err := c.bootMemory(); err != nil {
+		if _, err := c.bootMemory(""); err != nil {
 			return err
 		}
-		if n := c.Int("cpus"); n < 0 || n > 255 {
-			return usagef("boot: --cpus: %d", n)
+		if _, err := c.bootCPUs(""); err != nil {
+			return err
 		}
 	case "migrate", "screenshot":
 		if c.String("to") == "" {
@@ -166,14 +163,36 @@ func (c *call) findBoot(name string) (*boot.State, error) {
 	return boot.Find(root, name)
 }
 
-func (c *call) bootMemory() (int64, error) {
-	s := c.String("memory")
+// setting is a flag, or else what the config file says.
+func (c *call) setting(flag, config string) string {
+	if s := c.String(flag); s != "" && (s != "auto" || c.IsSet(flag)) {
+		return s
+	}
+	return config
+}
+
+// bootMemory is the memory of a VM, bytes; 0 as it had.
+func (c *call) bootMemory(config string) (int64, error) {
+	s := c.setting("memory", config)
 	if s == "" {
 		return 0, nil
 	}
 	n, err := byteSize(s)
-	if err != nil || n < 32<<20 {
+	if err != nil || n < 32<<20 || n > 16<<40 {
 		return 0, usagef("--memory: %q is no size of a memory", s)
+	}
+	return n, nil
+}
+
+// bootCPUs is the number of its processors; 0 as it had.
+func (c *call) bootCPUs(config string) (int, error) {
+	s := c.setting("cpus", config)
+	if s == "" {
+		return 0, nil
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 || n > 255 {
+		return 0, usagef("--cpus: %q is no number of processors", s)
 	}
 	return n, nil
 }

@@ -38,23 +38,28 @@ func (c *call) machineOf(ctx context.Context, r *store.Repo, id store.PointID, h
 	if err != nil {
 		return opt, err
 	}
-	if kind := c.String("firmware"); kind != "auto" {
-		m.Firmware = boot.Firmware(kind)
+	known := c.cfg.vms[p.VM.Name]
+	if kind := c.setting("firmware", known.firmware); kind != "" && kind != "auto" {
+		if m.Firmware = boot.Firmware(kind); m.Firmware != boot.BIOS && m.Firmware != boot.UEFI {
+			return opt, usagef("firmware %q: want bios or uefi", kind)
+		}
 	}
-	if n, err := c.bootMemory(); err != nil {
+	if n, err := c.bootMemory(known.memory); err != nil {
 		return opt, err
 	} else if n > 0 {
 		m.Memory = n
 	}
-	if n := c.Int("cpus"); n > 0 {
+	if n, err := c.bootCPUs(known.cpus); err != nil {
+		return opt, err
+	} else if n > 0 {
 		m.CPUs = n
 	}
 	m.VNC = c.String("vnc")
 	for i := range m.NICs {
-		m.NICs[i].Network = c.String("network")
+		m.NICs[i].Network = c.network()
 	}
-	if len(m.NICs) == 0 && c.String("network") != "none" {
-		m.NICs = []boot.NIC{{Model: "e1000", Network: c.String("network")}}
+	if len(m.NICs) == 0 && c.network() != "none" {
+		m.NICs = []boot.NIC{{Model: "e1000", Network: c.network()}}
 	}
 	if m.Firmware == boot.UEFI && nvram == nil {
 		if nvram, err = host.NVRAM(); err != nil {
@@ -62,7 +67,7 @@ func (c *call) machineOf(ctx context.Context, r *store.Repo, id store.PointID, h
 		}
 	}
 	bus := func(d *store.Disk) boot.Bus {
-		if want := c.String("bus"); want != "auto" {
+		if want := c.setting("bus", known.bus); want != "" && want != "auto" {
 			return boot.Bus(want)
 		}
 		if b := hints.Bus(d.Key); b != "" {
@@ -72,6 +77,14 @@ func (c *call) machineOf(ctx context.Context, r *store.Repo, id store.PointID, h
 	}
 	repo, err := filepath.Abs(c.repo)
 	return boot.Options{Name: c.String("name"), Repository: repo, Host: c.String("on"), Machine: m, Bus: bus, NVRAM: nvram, Now: c.clock.now}, err
+}
+
+// network is what the cards of a VM are plugged into; verify has no flag for that, and plugs them into nothing.
+func (c *call) network() string {
+	if s := c.String("network"); s != "" {
+		return s
+	}
+	return "none"
 }
 
 // hintsOf looks through the configuration of a point.

@@ -54,9 +54,13 @@ func commands() []command {
 			max: 1, needs: needRepository, run: runPoints,
 		},
 		{
-			name: "show", usage: "POINT", short: "show all about one restore point",
+			name: "show", usage: "POINT [--proof DIR]", short: "show all about one restore point",
 			long: pointHelp,
-			min:  1, max: 1, needs: needRepository, run: runShow,
+			min:  1, max: 1,
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "proof", TakesFile: true, Usage: "write what 'verify --boot' saw, screen and serial line, to files in `DIR`"},
+			},
+			needs: needRepository, run: runShow,
 		},
 		{
 			name: "ls", usage: "[PATH] [-l]", short: "list what restore points hold",
@@ -135,7 +139,7 @@ func commands() []command {
 			needs: needConfig, check: checkBoot, run: runBoot,
 		},
 		{
-			name: "verify", usage: "[POINT...] [--read-data [--resume] | --read-data-subset 5%] [--limit-rate 50M]",
+			name: "verify", usage: "[POINT...] [--read-data [--resume] | --read-data-subset 5%] [--limit-rate 50M] | POINT... --boot [--sign SIGN]",
 			short: "look for damage",
 			long:  verifyHelp,
 			max:   -1,

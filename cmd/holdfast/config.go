@@ -29,6 +29,7 @@ type config struct {
 	backup struct {
 		lockFor backup.Duration // for how long points are locked; zero when the file says nothing
 	}
+	vms map[string]vmConfig // by name
 }
 
 // configError is a config file that cannot be read or says something unknown.
@@ -99,6 +100,18 @@ func parseConfig(path string, b []byte) (config, error) {
 				"lock_for": d.duration(&cfg.backup.lockFor),
 			})
 		},
+		"vms": func(_, value *yaml.Node) error {
+			cfg.vms = map[string]vmConfig{}
+			return d.named(value, "vms", func(name string, value *yaml.Node) error {
+				var vm vmConfig
+				err := d.section(value, "vms."+name, keys{
+					"sign": d.text(&vm.sign), "bus": d.text(&vm.bus), "firmware": d.text(&vm.firmware),
+					"memory": d.text(&vm.memory), "cpus": d.text(&vm.cpus), "boot_limit": d.text(&vm.limit),
+				})
+				cfg.vms[name] = vm
+				return err
+			})
+		},
 		"sources": func(key, _ *yaml.Node) error {
 			return withHint(d.errorf(key, "sources: this build supports no platform"),
 				"remove the section; 'holdfast backup DISK...' backs up image files")
@@ -156,6 +169,26 @@ func (d configDecoder) section(n *yaml.Node, name string, known keys) error {
 		}
 		seen[key.Value] = key.Line
 		if err := take(key, value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// named walks a mapping whose keys are names of the user's, each once.
+func (d configDecoder) named(n *yaml.Node, name string, take func(key string, value *yaml.Node) error) error {
+	n = resolveAlias(n)
+	if n.Kind != yaml.MappingNode {
+		return d.errorf(n, "%s must be a section of names", name)
+	}
+	seen := map[string]bool{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key := n.Content[i]
+		if seen[key.Value] {
+			return d.errorf(key, "%q in %s again", key.Value, name)
+		}
+		seen[key.Value] = true
+		if err := take(key.Value, n.Content[i+1]); err != nil {
 			return err
 		}
 	}

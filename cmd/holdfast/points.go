@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/fs/boot"
 	"github.com/holdfast-backup/holdfast/store"
 )
 
@@ -106,6 +108,20 @@ func runShow(ctx context.Context, c *call) error {
 		for _, d := range hit {
 			fields = append(fields, [2]string{"DAMAGED", fmt.Sprintf("%s, the first at offset %d, found %s", d, d.Off, timeText(d.Found))})
 		}
+		proof, err := boot.ProofOf(ctx, r, p.ID)
+		if err != nil && !errors.Is(err, store.ErrNotExist) {
+			c.progress.warn("what was seen of the point when it was booted cannot be read: %v", err)
+		}
+		var seen *bootProof
+		if proof != nil {
+			fields = append(fields, [2]string{"boot", proofText(proof)})
+			seen = &bootProof{"", proof.Point, "", proof.Time, proof.OK, proof.Sign, proof.Why, proof.Took}
+		}
+		if dir := c.String("proof"); dir != "" {
+			if err := c.saveProof(proof, dir); err != nil {
+				return err
+			}
+		}
 		c.out.fields(fields...)
 		t := newTable("DISK", "KEY", ">SIZE", ">DATA", ">NEW", "READ")
 		for _, d := range p.Disks {
@@ -119,8 +135,9 @@ func runShow(ctx context.Context, c *call) error {
 		return c.out.object(struct {
 			Type string `json:"type"`
 			*store.Point
-			Hit []store.DiskDamage `json:"damaged_disks,omitempty"`
-		}{"point", p, hit})
+			Hit   []store.DiskDamage `json:"damaged_disks,omitempty"`
+			Proof *bootProof         `json:"boot_proof,omitempty"`
+		}{"point", p, hit, seen})
 	})
 }
 

@@ -32,15 +32,17 @@ func (c *call) showDamage(d *store.DamageError) {
 const verifyHelp = "Without POINT, all of the repository. Damage ends with exit code 4; it is remembered, and 'points' and 'show'\n" +
 	"tell of it until it is healed: by a backup that still has the bytes, or by 'holdfast repair'.\n" +
 	"All packs read once are a pass. --read-data begins one; --resume goes on with it where it was stopped, and\n" +
-	"--read-data-subset reads the next part of it, so that 5% a night have read all after 20."
+	"--read-data-subset reads the next part of it, so that 5% a night have read all after 20.\n" +
+	"--boot runs the points in QEMU, isolated, and waits for a sign of life. What was seen is kept with the point; 'show'\n" +
+	"tells of it. A point that does not boot ends with exit code 4."
 
 func verifyFlags() []cli.Flag {
-	return []cli.Flag{
+	return append([]cli.Flag{
 		&cli.BoolFlag{DisableDefaultText: true, Name: "read-data", Usage: "read and check every byte, not only that it is there"},
 		&cli.StringFlag{Name: "read-data-subset", Usage: "read and check the next `PART` of all, such as 5% or 10G"},
 		&cli.BoolFlag{DisableDefaultText: true, Name: "resume", Usage: "read what a --read-data that was stopped has not read"},
 		&cli.StringFlag{Name: "limit-rate", Usage: "read at most `SIZE` of stored data in a second, such as 50M"},
-	}
+	}, verifyBootFlags()...)
 }
 
 // verifyOptions reads the command line. Every error is one of usage.
@@ -72,9 +74,17 @@ func (c *call) verifyOptions() (opt store.VerifyOptions, err error) {
 	return opt, nil
 }
 
-func checkVerify(c *call) error { _, err := c.verifyOptions(); return err }
+func checkVerify(c *call) error {
+	if _, err := c.verifyOptions(); err != nil {
+		return err
+	}
+	return c.checkVerifyBoot()
+}
 
 func runVerify(ctx context.Context, c *call) error {
+	if c.Bool("boot") {
+		return c.verifyBoot(ctx)
+	}
 	opt, err := c.verifyOptions()
 	if err != nil {
 		return err

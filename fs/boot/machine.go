@@ -65,7 +65,7 @@ func ParseVMX(text []byte) Hints {
 		h.CPUs = min(n, maxCPUs)
 	}
 	h.UUID = vmxUUID(v["uuid.bios"])
-	for _, kind := range []string{"nvme", "scsi", "sata", "ide"} {
+	for _, kind := range []string{"scsi", "sata", "nvme", "ide"} {
 		for controller := range 4 {
 			name := kind + strconv.Itoa(controller)
 			bus := vmxBus(kind, v[name+".virtualdev"])

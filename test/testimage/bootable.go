@@ -21,7 +21,7 @@ const Prompt = "holdfast-test# "
 
 // bootPackages make a system that boots out of Debian's base: an init, and a kernel with drivers for
 // the disks of virtual machines (AHCI is not among them).
-var bootPackages = []string{"systemd-sysv", "udev", "linux-image-cloud-amd64", "initramfs-tools", "dbus"}
+var bootPackages = []string{"systemd-sysv", "udev", "linux-image-cloud-amd64", "initramfs-tools", "dbus", "qemu-guest-agent"}
 
 // MakeBootable builds the demonstration disk with a kernel and two boot loaders, so that it boots by
 // BIOS and by UEFI. Needs root, GRUB's images for both (grub-pc-bin, grub-efi-amd64-bin) and mtools.

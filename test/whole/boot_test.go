@@ -313,3 +313,62 @@ func TestBootThroughMount(t *testing.T) {
 	m.stop(t, syscall.SIGTERM)
 	d.unchanged(t)
 }
+
+// TestVerifyBoot: a point that boots gives a sign, one that does not is damage; both are kept with the point.
+func TestVerifyBoot(t *testing.T) {
+	d := newBootable(t)
+	verify := func(code int, text string, args ...string) {
+		t.Helper()
+		args = append([]string{"verify", "--boot", "--boots", d.boots, "--memory", "512M", "--json"}, args...)
+		if code == 0 {
+			d.must(t, args...)
+		} else {
+			d.wants(t, code, text, args...)
+		}
+	}
+	proof := func(p point) (res struct {
+		OK        bool   `json:"ok"`
+		Sign, Why string
+	}) {
+		t.Helper()
+		var s struct {
+			Proof json.RawMessage `json:"boot_proof"`
+		}
+		if err := json.Unmarshal([]byte(d.must(t, "show", p.path(), "--json").out), &s); err != nil || s.Proof == nil {
+			t.Fatalf("show tells of no boot: %v", err)
+		}
+		if err := json.Unmarshal(s.Proof, &res); err != nil {
+			t.Fatal(err)
+		}
+		return res
+	}
+	verify(0, "", d.point.path(), "--bus", "virtio", "--sign", "agent")
+	if p := proof(d.point); !p.OK || !strings.Contains(p.Sign, "agent") {
+		t.Errorf("by its agent: %+v", p)
+	}
+	verify(0, "", d.point.path(), "--bus", "nvme", "--firmware", "uefi", "--sign", "serial:automatic login")
+	if p := proof(d.point); !p.OK || !strings.Contains(p.Sign, "automatic login") {
+		t.Errorf("by its serial line: %+v", p)
+	}
+	dir := newDir(t)
+	d.must(t, "show", d.point.path(), "--proof", dir)
+	if b, err := os.ReadFile(filepath.Join(dir, "screen.png")); err != nil || !bytes.HasPrefix(b, []byte("\x89PNG\r\n")) {
+		t.Errorf("no picture: %v", err)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "serial.log")); err != nil || !bytes.Contains(b, []byte("automatic login")) {
+		t.Errorf("no log: %v", err)
+	}
+	empty := filepath.Join(newDir(t), "empty.raw")
+	if err := os.WriteFile(empty, make([]byte, 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bad, _ := d.backup(t, empty, "--vm", "empty")
+	verify(4, "1 of 1 points do not boot", bad.path(), "--boot-limit", "15s")
+	if p := proof(bad); p.OK || !strings.Contains(p.Why, "no sign of life") {
+		t.Errorf("an empty disk: %+v", p)
+	}
+	if left := d.list(t); len(left) > 0 {
+		t.Errorf("boots are left: %+v", left)
+	}
+	d.unchanged(t)
+}

@@ -24,6 +24,8 @@ func (h *Host) arguments(s *boot.State) ([]string, error) {
 		"-qmp", "unix:" + comma(s.File(MonitorSocket)) + ",server=on,wait=off",
 		"-chardev", "socket,id=serial0,server=on,wait=off,path=" + comma(s.File(SerialSocket)) + ",logappend=on,logfile=" + comma(s.File(boot.SerialLog)),
 		"-serial", "chardev:serial0",
+		"-chardev", "socket,id=agent0,server=on,wait=off,path=" + comma(s.File(AgentSocket)),
+		"-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent0,name=org.qemu.guest_agent.0",
 		"-display", "none", "-vga", "std",
 		"-device", "qemu-xhci", "-device", "usb-tablet", "-device", "usb-kbd",
 	}

@@ -16,6 +16,7 @@ import (
 // guest is a VM in QEMU.
 type guest struct {
 	monitor *monitor
+	agent   string        // socket
 	ended   chan struct{} // closed when the process is gone
 }
 

@@ -139,7 +139,7 @@ func (h *Host) Boot(ctx context.Context, s *boot.State) (boot.Guest, error) {
 	defer log.Close()
 	fmt.Fprintf(log, "%s %s\n", program, strings.Join(args, " "))
 	at, _ := log.Seek(0, io.SeekCurrent)
-	for _, name := range []string{MonitorSocket, SerialSocket, ScreenSocket} {
+	for _, name := range []string{MonitorSocket, SerialSocket, ScreenSocket, AgentSocket} {
 		os.Remove(s.File(name))
 	}
 	cmd := exec.Command(program, args...)
@@ -176,7 +176,7 @@ func connect(ctx context.Context, s *boot.State, ended chan struct{}) (*guest, e
 	for {
 		m, err := dialMonitor(ctx, s.File(MonitorSocket))
 		if err == nil {
-			return &guest{monitor: m, ended: ended}, nil
+			return &guest{monitor: m, agent: s.File(AgentSocket), ended: ended}, nil
 		}
 		select {
 		case <-ended:
