@@ -15,6 +15,8 @@ demo:
 # Side by side with restic, borg and kopia; as root for cold caches and mounts.
 bench:
 	$(GO) run ./test/bench $(FLAGS)
+	$(GO) run ./test/benchdisk
+	$(GO) run ./test/benchdisk --boots
 
 # 100,000 restore points, 1 PiB of disks: what the commands take. FLAGS="--points 10000" for less.
 scale:
