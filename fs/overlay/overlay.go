@@ -118,7 +118,7 @@ func create(f files, image Image, h head) (*Disk, error) {
 	return newDisk(f, image, h), nil
 }
 
-// Open opens an overlay. ErrOtherBase, ErrBusy, ErrDamaged; os.ErrNotExist when there is none.
+// Open opens an overlay and makes durable what it finds there. ErrOtherBase, ErrBusy, ErrDamaged; os.ErrNotExist when there is none.
 func Open(dir string, image Image, opt Options) (*Disk, error) {
 	f, err := openFiles(dir, os.O_RDWR)
 	if err != nil {
@@ -150,6 +150,13 @@ func open(f files, image Image, base string) (*Disk, error) {
 	d := newDisk(f, image, h)
 	if err := d.blocks.load(); err != nil {
 		return nil, err
+	}
+	// What a process wrote that was killed may be in the system's memory alone. Nothing would sync
+	// it later: a bit of the map that is set here is not set again.
+	for _, x := range []file{f.data, f.blocks, f.head} {
+		if err := x.Sync(); err != nil {
+			return nil, err
+		}
 	}
 	// Bits past the end are of a Resize that was stopped, too.
 	d.blocks.change(d.blocks.blocks, int64(len(d.blocks.sectors))*mapBlocks, false)

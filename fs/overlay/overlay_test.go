@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -55,6 +56,9 @@ func someImage(r *rand.Rand, size int64) *flatImage {
 }
 
 func fillRandom(r *rand.Rand, p []byte) {
+	for ; len(p) >= 8; p = p[8:] {
+		binary.LittleEndian.PutUint64(p, r.Uint64())
+	}
 	for i := range p {
 		p[i] = byte(r.Uint32())
 	}
