@@ -5,7 +5,7 @@ set -euo pipefail
 
 # program => Debian package
 declare -A need=(
-  [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs
+  [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs [debugfs]=e2fsprogs
   [fuser]=psmisc [sgdisk]=gdisk [losetup]=mount
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish
   [python3]=python3

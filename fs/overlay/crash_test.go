@@ -19,6 +19,8 @@ var errCut = errors.New("power is gone")
 
 // power is what several lossyFiles hang on.
 type power struct {
+	slow func() // called by each sync before it does anything; nil for none
+
 	mu   sync.Mutex // guards following, and the files
 	left int        // calls until it goes; negative: stays
 	off  bool
@@ -88,6 +90,9 @@ func (f *lossyFile) do(op lossyOp) error {
 }
 
 func (f *lossyFile) Sync() error {
+	if f.power.slow != nil {
+		f.power.slow()
+	}
 	f.power.mu.Lock()
 	defer f.power.mu.Unlock()
 	if err := f.power.use(); err != nil {

@@ -116,7 +116,11 @@ func TestFlushTogether(t *testing.T) {
 		})
 	}
 	flush(0)
-	<-begun
+	select {
+	case <-begun:
+	case <-time.After(10 * time.Second):
+		t.Fatal("a flush did not sync data")
+	}
 	for i := range many - 1 {
 		flush(i + 1)
 	}
