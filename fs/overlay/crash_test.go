@@ -296,8 +296,8 @@ func TestPowerCutParallel(t *testing.T) {
 	t.Logf("%d runs", n)
 }
 
-// TestPowerCutResize: after a power cut in a Resize the disk has the old size or the new one, and
-// what grows back is zero.
+// TestPowerCutResize: after a power cut in a Resize, or in the Open after the process was killed in one, the disk
+// has the old size or the new one, and what grows back is zero. What an Open showed stays.
 func TestPowerCutResize(t *testing.T) {
 	for seed := range uint64(runs(t) / 4) {
 		r := rand.New(rand.NewPCG(seed, 5))
@@ -327,6 +327,14 @@ func TestPowerCutResize(t *testing.T) {
 			next = make([]byte, to)
 			copy(next, want)
 			err = d.Resize(to)
+		}
+		if r.IntN(2) == 0 {
+			p.off, p.left = false, 1+r.IntN(8)
+			if d, err = open(f, image, ""); err == nil && d.Size() == int64(len(next)) {
+				want = next
+			} else if err == nil {
+				next = want
+			}
 		}
 		if d, err = open(f.cut(&power{left: -1, rnd: r}), image, ""); err != nil {
 			t.Fatalf("seed %d: %v", seed, err)

@@ -118,7 +118,8 @@ func create(f files, image Image, h head) (*Disk, error) {
 	return newDisk(f, image, h), nil
 }
 
-// Open opens an overlay and makes durable what it finds there. ErrOtherBase, ErrBusy, ErrDamaged; os.ErrNotExist when there is none.
+// Open opens an overlay and makes durable what it finds there. ErrOtherBase, ErrBusy, ErrDamaged;
+// os.ErrNotExist when there is none.
 func Open(dir string, image Image, opt Options) (*Disk, error) {
 	f, err := openFiles(dir, os.O_RDWR)
 	if err != nil {
@@ -143,7 +144,11 @@ func open(f files, image Image, base string) (*Disk, error) {
 	if h.limit > image.Size() {
 		return nil, fmt.Errorf("%w: it shows %d bytes of an image of %d", ErrOtherBase, h.limit, image.Size())
 	}
-	// A Resize that was stopped may have left the file at another size.
+	// A Resize that was stopped may have left the file at another size, and its head in the system's
+	// memory alone. The other head wants what is cut off here.
+	if err := f.head.Sync(); err != nil {
+		return nil, err
+	}
 	if err := f.data.Truncate(roundUp(h.size)); err != nil {
 		return nil, err
 	}
@@ -151,12 +156,13 @@ func open(f files, image Image, base string) (*Disk, error) {
 	if err := d.blocks.load(); err != nil {
 		return nil, err
 	}
-	// What a process wrote that was killed may be in the system's memory alone. Nothing would sync
-	// it later: a bit of the map that is set here is not set again.
-	for _, x := range []file{f.data, f.blocks, f.head} {
-		if err := x.Sync(); err != nil {
-			return nil, err
-		}
+	// So may be what else it wrote. Nothing would sync it later: a bit of the map that is set here
+	// is not set again.
+	if err := f.data.Sync(); err != nil {
+		return nil, err
+	}
+	if err := f.blocks.Sync(); err != nil {
+		return nil, err
 	}
 	// Bits past the end are of a Resize that was stopped, too.
 	d.blocks.change(d.blocks.blocks, int64(len(d.blocks.sectors))*mapBlocks, false)
