@@ -5,8 +5,6 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
 
@@ -150,28 +148,13 @@ func (f files) cut(p *power) files {
 	return files{f.data.(*lossyFile).cut(p), f.blocks.(*lossyFile).cut(p), f.head.(*lossyFile).cut(p)}
 }
 
-// runs is how often the random tests run.
-func runs(t *testing.T) int {
-	if s := os.Getenv("HOLDFAST_TEST_OVERLAY_RUNS"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return n
-	}
-	if testing.Short() {
-		return 200
-	}
-	return 1000
-}
-
 // TestPowerCut writes, zeroes and flushes at random until the power goes in the middle of
 // some call, or the process alone, several times in a row. Then each sector holds what it held at the last
 // flush that returned, or something written after that.
 func TestPowerCut(t *testing.T) {
 	const size = 40*Block + 700
 	cuts, kills, flushes := 0, 0, 0
-	for seed := range uint64(runs(t)) {
+	for seed := range uint64(overlaytest.Runs(t)) {
 		r := rand.New(rand.NewPCG(seed, 3))
 		image := someImage(r, size)
 		p := &power{left: -1, rnd: r}
@@ -235,14 +218,14 @@ func TestPowerCut(t *testing.T) {
 			may = overlaytest.New(got) // what is seen now must stay: it may be acted on
 		}
 	}
-	t.Logf("%d runs, %d power cuts, %d processes killed, %d flushes", runs(t), cuts, kills, flushes)
+	t.Logf("%d runs, %d power cuts, %d processes killed, %d flushes", overlaytest.Runs(t), cuts, kills, flushes)
 }
 
 // TestPowerCutParallel: several writers of their own sectors flush when they like.
 func TestPowerCutParallel(t *testing.T) {
 	const writers, sectors = 4, 200
 	const size = sectors * unit
-	n := runs(t) / 4
+	n := overlaytest.Runs(t) / 4
 	for seed := range uint64(n) {
 		r := rand.New(rand.NewPCG(seed, 4))
 		image := someImage(r, size)
@@ -299,7 +282,7 @@ func TestPowerCutParallel(t *testing.T) {
 // TestPowerCutResize: after a power cut in a Resize, or in the Open after the process was killed in one, the disk
 // has the old size or the new one, and what grows back is zero. What an Open showed stays.
 func TestPowerCutResize(t *testing.T) {
-	for seed := range uint64(runs(t) / 4) {
+	for seed := range uint64(overlaytest.Runs(t) / 4) {
 		r := rand.New(rand.NewPCG(seed, 5))
 		size := 1 + r.Int64N(20*Block)
 		image := someImage(r, size)

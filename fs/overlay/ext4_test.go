@@ -218,7 +218,7 @@ func ext4Run(t *testing.T, seed uint64, image *ext4Image, cuts int, sum *ext4Cou
 
 // unmountSoon waits for the loop device to let go.
 func unmountSoon(unmount func() error) (err error) {
-	for range 100 {
+	for range 500 {
 		if err = unmount(); err == nil {
 			break
 		}

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -89,26 +88,12 @@ type count struct {
 // holds what it held at the last flush that returned, or something written after that.
 func TestKill(t *testing.T) {
 	var n count
-	start := time.Now()
-	for seed := uint64(0); n.runs < runs(t); seed++ {
-		lives(t, seed, min(killsOfOne, runs(t)-n.runs), &n)
+	start, runs := time.Now(), overlaytest.Runs(t)
+	for seed := uint64(0); n.runs < runs; seed++ {
+		lives(t, seed, min(killsOfOne, runs-n.runs), &n)
 	}
 	t.Logf("%d runs, as many kills, %d of them in a flush; %d flushes acknowledged, %d sectors checked, in %v",
 		n.runs, n.inFlush, n.flushes, n.sectors, time.Since(start).Round(time.Second))
-}
-
-func runs(t *testing.T) int {
-	if s := os.Getenv("HOLDFAST_TEST_OVERLAY_RUNS"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return n
-	}
-	if testing.Short() {
-		return 200
-	}
-	return 1000
 }
 
 // lives makes an overlay and kills its server many times.
