@@ -50,7 +50,7 @@ func TestExt4Cuts(t *testing.T) {
 	}
 	t.Logf("%d crash states of %d mounts in %v: %d journals replayed, %d synced files found; %d writes, %d fsyncs, %d discards passed down",
 		sum.cuts, sum.mounts, time.Since(start).Round(time.Second), sum.replayed, sum.files, sum.writes, sum.syncs, sum.punches)
-	if !t.Failed() && (sum.replayed == 0 || sum.files == 0 || sum.punches == 0 || sum.syncs == 0) {
+	if !t.Failed() && sum.mounts > 4 && (sum.replayed == 0 || sum.files == 0 || sum.punches == 0 || sum.syncs == 0) {
 		t.Error("some of this never happened")
 	}
 }

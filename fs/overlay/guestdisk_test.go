@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
+	"strconv"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -53,7 +55,23 @@ func serveDisk(d *Disk, dir string) (*guestDisk, *fuse.Server, error) {
 		return nil, nil, err
 	}
 	go s.Serve()
-	return root.file, s, nil
+	return root.file, s, keepFuse()
+}
+
+// keepFuse keeps /dev/fuse, which go-fuse opens without O_CLOEXEC, from children: a guest that had it would wait
+// for itself once this process is gone.
+func keepFuse() error {
+	list, err := os.ReadDir("/proc/self/fd")
+	for _, e := range list {
+		if to, _ := os.Readlink("/proc/self/fd/" + e.Name()); to == "/dev/fuse" {
+			fd, err := strconv.Atoi(e.Name())
+			if err != nil {
+				return err
+			}
+			unix.CloseOnExec(fd)
+		}
+	}
+	return err
 }
 
 func (r *diskRoot) OnAdd(ctx context.Context) {
