@@ -3,21 +3,22 @@ package overlay
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
+
+	"github.com/holdfast-backup/holdfast/fs/overlay/overlaytest"
 )
 
-const unit = 512 // bytes that a disk writes whole or not at all
+const unit = overlaytest.Sector
 
 var errCut = errors.New("power is gone")
 
 // power is what several lossyFiles hang on.
 type power struct {
+	slow func() // called by each sync before it does anything; nil for none
+
 	mu   sync.Mutex // guards following, and the files
 	left int        // calls until it goes; negative: stays
 	off  bool
@@ -60,7 +61,7 @@ func (f *lossyFile) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (f *lossyFile) WriteAt(p []byte, off int64) (int, error) {
-	return len(p), f.do(lossyOp{off, bytes.Clone(p)})
+	return len(p), f.do(lossyOp{off, p})
 }
 
 func (f *lossyFile) Punch(off, n int64) error { return f.do(lossyOp{off, make([]byte, n)}) }
@@ -87,12 +88,18 @@ func (f *lossyFile) do(op lossyOp) error {
 }
 
 func (f *lossyFile) Sync() error {
+	if f.power.slow != nil {
+		f.power.slow()
+	}
 	f.power.mu.Lock()
 	defer f.power.mu.Unlock()
 	if err := f.power.use(); err != nil {
 		return err
 	}
-	f.synced, f.ops = bytes.Clone(f.now), nil
+	for _, op := range f.ops {
+		f.synced = op.apply(f.synced, nil)
+	}
+	f.ops = nil
 	return nil
 }
 
@@ -102,9 +109,10 @@ func (op lossyOp) apply(b []byte, rnd *rand.Rand) []byte {
 		if rnd != nil && rnd.IntN(2) == 0 {
 			return b
 		}
-		out := make([]byte, op.off)
-		copy(out, b)
-		return out
+		if op.off <= int64(len(b)) {
+			return b[:op.off:op.off]
+		}
+		return append(b, make([]byte, op.off-int64(len(b)))...)
 	}
 	if grow := op.off + int64(len(op.data)) - int64(len(b)); grow > 0 {
 		b = append(b, make([]byte, grow)...)
@@ -119,7 +127,7 @@ func (op lossyOp) apply(b []byte, rnd *rand.Rand) []byte {
 	return b
 }
 
-// cut is what the disk holds after a power cut, as a file on a new disk.
+// cut is what the disk holds after a power cut, as a file on a new disk. f.power.mu is held.
 func (f *lossyFile) cut(p *power) *lossyFile {
 	b := bytes.Clone(f.synced)
 	for _, op := range f.ops {
@@ -132,41 +140,21 @@ func lossyFiles(p *power) files {
 	return files{data: &lossyFile{power: p}, blocks: &lossyFile{power: p}, head: &lossyFile{power: p}, live: &lossyFile{power: p}, boot: "first"}
 }
 
+// cut is what the disk holds if the power goes now, or went before. The files may be in use.
 func (f files) cut(p *power) files {
+	now := f.data.(*lossyFile).power
+	now.mu.Lock()
+	defer now.mu.Unlock()
 	return files{f.data.(*lossyFile).cut(p), f.blocks.(*lossyFile).cut(p), f.head.(*lossyFile).cut(p), f.live.(*lossyFile).cut(p), f.boot + "+"}
 }
 
-// killed is what the files hold when the process is gone and the system is not.
-func (f files) killed(p *power) files {
-	take := func(f file) *lossyFile {
-		o := f.(*lossyFile)
-		return &lossyFile{power: p, now: o.now, synced: o.synced, ops: o.ops}
-	}
-	return files{take(f.data), take(f.blocks), take(f.head), take(f.live), f.boot}
-}
-
-// runs is how often the random tests run.
-func runs(t *testing.T) int {
-	if s := os.Getenv("HOLDFAST_TEST_OVERLAY_RUNS"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return n
-	}
-	if testing.Short() {
-		return 200
-	}
-	return 1000
-}
-
-// TestPowerCut writes, flushes and resizes at random until the power goes in the middle of
-// some call, several times in a row. Then each sector holds what it held at the last
+// TestPowerCut writes, zeroes and flushes at random until the power goes in the middle of
+// some call, or the process alone, several times in a row. Then each sector holds what it held at the last
 // flush that returned, or something written after that.
 func TestPowerCut(t *testing.T) {
 	const size = 40*Block + 700
-	cuts, flushes := 0, 0
-	for seed := range uint64(runs(t)) {
+	cuts, kills, flushes := 0, 0, 0
+	for seed := range uint64(overlaytest.Runs(t)) {
 		r := rand.New(rand.NewPCG(seed, 3))
 		image := someImage(r, size)
 		p := &power{left: -1, rnd: r}
@@ -175,7 +163,7 @@ func TestPowerCut(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		may := newMaybe(image.b) // what each sector may hold
+		may := overlaytest.New(image.b) // what each sector may hold
 		for range 1 + r.IntN(4) {
 			p.left = 1 + r.IntN(60)
 			for {
@@ -190,16 +178,16 @@ func TestPowerCut(t *testing.T) {
 						break
 					}
 					flushes++
-					may.settle()
+					may.Settle()
 					continue
 				}
 				data := make([]byte, n)
 				if r.IntN(3) == 0 {
-					may.add(off, data)
+					may.Add(off, data)
 					err = d.Zero(off, n, true)
 				} else {
 					fillRandom(r, data)
-					may.add(off, data)
+					may.Add(off, data)
 					_, err = d.WriteAt(data, off)
 				}
 				if err != nil {
@@ -209,78 +197,35 @@ func TestPowerCut(t *testing.T) {
 			if !errors.Is(err, errCut) {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
-			cuts++
-			p = &power{left: -1, rnd: r}
-			f = f.cut(p)
+			if r.IntN(3) == 0 { // only the process went: what it wrote is in the system's memory still
+				kills++
+				p.off, p.left = false, -1
+			} else {
+				cuts++
+				p = &power{left: -1, rnd: r}
+				f = f.cut(p)
+			}
 			if d, err = open(f, image, ""); err != nil {
-				t.Fatalf("seed %d: opened after a power cut: %v", seed, err)
+				t.Fatalf("seed %d: opened after a crash: %v", seed, err)
 			}
 			got := make([]byte, size)
 			if _, err := d.ReadAt(got, 0); err != nil && err != io.EOF {
 				t.Fatal(err)
 			}
-			if err := may.check(got); err != nil {
+			if err := may.Check(got); err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
-			may = newMaybe(got)
-			// What is seen now must stay: it may have been read, and so acted on.
-			if err := d.Flush(); err != nil {
-				t.Fatal(err)
-			}
+			may = overlaytest.New(got) // what is seen now must stay: it may be acted on
 		}
 	}
-	t.Logf("%d runs, %d power cuts, %d flushes", runs(t), cuts, flushes)
-}
-
-// maybe is what each sector may hold after a power cut: the first since the last flush, and all
-// that was written to it later.
-type maybe struct{ sectors [][][]byte }
-
-func newMaybe(b []byte) *maybe {
-	m := &maybe{}
-	for off := 0; off < len(b); off += unit {
-		m.sectors = append(m.sectors, [][]byte{bytes.Clone(b[off:min(off+unit, len(b))])})
-	}
-	return m
-}
-
-// add puts a write down, which may come to pass or not.
-func (m *maybe) add(off int64, p []byte) {
-	for len(p) > 0 {
-		i, in := off/unit, off%unit
-		list := m.sectors[i]
-		next := bytes.Clone(list[len(list)-1])
-		n := copy(next[in:], p)
-		m.sectors[i] = append(list, next)
-		off, p = off+int64(n), p[n:]
-	}
-}
-
-// settle: what was written last is durable.
-func (m *maybe) settle() {
-	for i, list := range m.sectors {
-		m.sectors[i] = list[len(list)-1:]
-	}
-}
-
-func (m *maybe) check(got []byte) error {
-	for i, list := range m.sectors {
-		ok := false
-		for _, b := range list {
-			ok = ok || bytes.Equal(b, got[i*unit:min((i+1)*unit, len(got))])
-		}
-		if !ok {
-			return fmt.Errorf("sector %d holds none of the %d things it may hold", i, len(list))
-		}
-	}
-	return nil
+	t.Logf("%d runs, %d power cuts, %d processes killed, %d flushes", overlaytest.Runs(t), cuts, kills, flushes)
 }
 
 // TestPowerCutParallel: several writers of their own sectors flush when they like.
 func TestPowerCutParallel(t *testing.T) {
 	const writers, sectors = 4, 200
 	const size = sectors * unit
-	n := runs(t) / 4
+	n := overlaytest.Runs(t) / 4
 	for seed := range uint64(n) {
 		r := rand.New(rand.NewPCG(seed, 4))
 		image := someImage(r, size)
@@ -291,10 +236,10 @@ func TestPowerCutParallel(t *testing.T) {
 			t.Fatal(err)
 		}
 		p.left = 20 + r.IntN(300)
-		var all [writers]*maybe
+		var all [writers]*overlaytest.Sectors
 		var wg sync.WaitGroup
 		for w := range writers {
-			all[w] = newMaybe(image.b)
+			all[w] = overlaytest.New(image.b)
 			wg.Go(func() {
 				r := rand.New(rand.NewPCG(seed, uint64(w)))
 				for {
@@ -302,13 +247,13 @@ func TestPowerCutParallel(t *testing.T) {
 						if d.Flush() != nil {
 							return
 						}
-						all[w].settle()
+						all[w].Settle()
 						continue
 					}
 					off := int64(r.IntN(sectors/writers)*writers+w) * unit
 					data := make([]byte, unit)
 					fillRandom(r, data)
-					all[w].add(off, data)
+					all[w].Add(off, data)
 					if _, err := d.WriteAt(data, off); err != nil {
 						return
 					}
@@ -326,19 +271,18 @@ func TestPowerCutParallel(t *testing.T) {
 		}
 		for i := range sectors {
 			m := all[i%writers]
-			one := &maybe{sectors: m.sectors[i : i+1]}
-			if err := one.check(got[i*unit : (i+1)*unit]); err != nil {
-				t.Fatalf("seed %d, sector %d: %v", seed, i, err)
+			if !m.Holds(i, got[i*unit:(i+1)*unit]) {
+				t.Fatalf("seed %d: sector %d holds nothing that it may hold", seed, i)
 			}
 		}
 	}
 	t.Logf("%d runs", n)
 }
 
-// TestPowerCutResize: after a power cut in a Resize the disk has the old size or the new one, and
-// what grows back is zero.
+// TestPowerCutResize: after a power cut in a Resize, or in the Open after the process was killed in one, the disk
+// has the old size or the new one, and what grows back is zero. What an Open showed stays.
 func TestPowerCutResize(t *testing.T) {
-	for seed := range uint64(runs(t) / 4) {
+	for seed := range uint64(overlaytest.Runs(t) / 4) {
 		r := rand.New(rand.NewPCG(seed, 5))
 		size := 1 + r.Int64N(20*Block)
 		image := someImage(r, size)
@@ -367,6 +311,14 @@ func TestPowerCutResize(t *testing.T) {
 			copy(next, want)
 			err = d.Resize(to)
 		}
+		if r.IntN(2) == 0 {
+			p.off, p.left = false, 1+r.IntN(8)
+			if d, err = open(f, image, ""); err == nil && d.Size() == int64(len(next)) {
+				want = next
+			} else if err == nil {
+				next = want
+			}
+		}
 		if d, err = open(f.cut(&power{left: -1, rnd: r}), image, ""); err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
@@ -385,7 +337,7 @@ func TestPowerCutResize(t *testing.T) {
 func TestKilled(t *testing.T) {
 	const size = 40*Block + 700
 	kills := 0
-	for seed := range uint64(runs(t)) {
+	for seed := range uint64(overlaytest.Runs(t)) {
 		r := rand.New(rand.NewPCG(seed, 6))
 		image := someImage(r, size)
 		p := &power{left: -1, rnd: r}
@@ -395,7 +347,7 @@ func TestKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 		now := bytes.Clone(image.b)
-		may := newMaybe(now)
+		may := overlaytest.New(now)
 		for range 1 + r.IntN(4) {
 			p.left = 1 + r.IntN(60)
 			var off, n int64
@@ -407,7 +359,7 @@ func TestKilled(t *testing.T) {
 				case 0:
 					off, n = 0, 0
 					if err = d.Flush(); err == nil {
-						may.settle()
+						may.Settle()
 					}
 					continue
 				case 1, 2:
@@ -416,7 +368,7 @@ func TestKilled(t *testing.T) {
 					fillRandom(r, data)
 					_, err = d.WriteAt(data, off)
 				}
-				may.add(off, data)
+				may.Add(off, data)
 				if err == nil {
 					copy(now[off:], data)
 				}
@@ -425,8 +377,7 @@ func TestKilled(t *testing.T) {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
 			kills++
-			p = &power{left: -1, rnd: r}
-			f = f.killed(p)
+			p.off, p.left = false, -1 // the system has what the process wrote
 			if d, err = open(f, image, ""); err != nil {
 				t.Fatalf("seed %d: opened after a kill: %v", seed, err)
 			}
@@ -439,15 +390,13 @@ func TestKilled(t *testing.T) {
 			if !bytes.Equal(got, now) {
 				t.Fatalf("seed %d: after a kill the disk differs from what was answered from byte %d", seed, firstDifference(got, now))
 			}
-			for i := range may.sectors { // the same in may
-				may.sectors[i] = append(may.sectors[i], bytes.Clone(got[i*unit:min((i+1)*unit, size)]))
-			}
+			may.Add(0, got) // the same in may
 		}
 		if seed%2 == 0 {
 			if err := d.Flush(); err != nil {
 				t.Fatal(err)
 			}
-			may = newMaybe(now)
+			may = overlaytest.New(now)
 		}
 		if d, err = open(f.cut(&power{left: -1, rnd: r}), image, ""); err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
@@ -456,9 +405,9 @@ func TestKilled(t *testing.T) {
 		if _, err := d.ReadAt(got, 0); err != nil && err != io.EOF {
 			t.Fatal(err)
 		}
-		if err := may.check(got); err != nil {
+		if err := may.Check(got); err != nil {
 			t.Fatalf("seed %d: after a power cut: %v", seed, err)
 		}
 	}
-	t.Logf("%d runs, %d kills", runs(t), kills)
+	t.Logf("%d runs, %d kills", overlaytest.Runs(t), kills)
 }

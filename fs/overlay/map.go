@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -114,13 +115,9 @@ func sectorSum(i int64, b []byte) uint32 {
 	return crc32.Update(crc32.Checksum(n[:], crcTable), crcTable, b[4:mapSector])
 }
 
+// isZero compares b with itself, one byte on.
 func isZero(b []byte) bool {
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 func (m *blockMap) has(block int64) bool {

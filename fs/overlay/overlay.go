@@ -60,7 +60,7 @@ type Disk struct {
 	written atomic.Bool // since the last Flush
 
 	flush struct {
-		sync.Mutex               // held while a flush goes on; guards following
+		sync.Mutex               // held while a flush goes on; guards following, as gate does for its writer
 		broken     error         // a sync failed: nobody knows what is on the disk
 		done       uint64        // number of the last flush that ended
 		begun      atomic.Uint64 // number of the last flush that began
@@ -121,7 +121,8 @@ func create(f files, image Image, h head) (*Disk, error) {
 	return d, d.blocks.adopt(f.live, f.boot)
 }
 
-// Open opens an overlay. ErrOtherBase, ErrBusy, ErrDamaged; os.ErrNotExist when there is none.
+// Open opens an overlay and makes durable what it finds there. ErrOtherBase, ErrBusy, ErrDamaged;
+// os.ErrNotExist when there is none.
 func Open(dir string, image Image, opt Options) (*Disk, error) {
 	f, err := openFiles(dir, os.O_RDWR)
 	if err != nil {
@@ -146,7 +147,11 @@ func open(f files, image Image, base string) (*Disk, error) {
 	if h.limit > image.Size() {
 		return nil, fmt.Errorf("%w: it shows %d bytes of an image of %d", ErrOtherBase, h.limit, image.Size())
 	}
-	// A Resize that was stopped may have left the file at another size.
+	// A Resize that was stopped may have left the file at another size, and its head in the system's
+	// memory alone. The other head wants what is cut off here.
+	if err := f.head.Sync(); err != nil {
+		return nil, err
+	}
 	if err := f.data.Truncate(roundUp(h.size)); err != nil {
 		return nil, err
 	}
@@ -158,13 +163,14 @@ func open(f files, image Image, base string) (*Disk, error) {
 	if err := d.blocks.adopt(f.live, f.boot); err != nil {
 		return nil, err
 	}
-	// Neither file may be synced; the map is never ahead of the data.
+	// Nor may it have synced what it wrote, and nothing would do so later: a bit of the map that is set here
+	// is not set again. The map is never ahead of the data.
 	if err := errors.Join(f.data.Sync(), f.blocks.Sync()); err != nil {
 		return nil, err
 	}
 	// Bits past the end are of a Resize that was stopped, too.
 	d.blocks.clear(d.blocks.blocks, int64(len(d.blocks.sectors))*mapBlocks)
-	return d, nil
+	return d, d.sync() // what is seen now stays
 }
 
 func newDisk(f files, image Image, h head) *Disk {
@@ -251,8 +257,9 @@ func (d *Disk) enter() error {
 	return nil
 }
 
-// Flush makes durable what was written before. After one that failed all fail: the operating
-// system may have dropped what it could not write (fsync(2), Linux since 4.13).
+// Flush makes durable what was written before. After one that failed, or a Resize that could not
+// sync, all fail: the operating system may have dropped what it could not write, and says so
+// once (fsync(2), Linux since 4.13).
 func (d *Disk) Flush() error {
 	if err := d.enter(); err != nil {
 		return err
@@ -275,11 +282,16 @@ func (d *Disk) sync() error {
 	}
 	n := d.flush.begun.Add(1)
 	if err := d.syncNow(); err != nil {
-		d.flush.broken = fmt.Errorf("overlay: an earlier flush failed: %w", err)
-		return fmt.Errorf("overlay: flush: %w", err)
+		return d.breaks("flush", err)
 	}
 	d.flush.done = n
 	return nil
+}
+
+// breaks says that a sync failed. The caller holds d.flush, or d.gate for writing.
+func (d *Disk) breaks(what string, err error) error {
+	d.flush.broken = fmt.Errorf("overlay: an earlier %s failed: %w", what, err)
+	return fmt.Errorf("overlay: %s: %w", what, err)
 }
 
 // syncNow writes the blocks before the map that says they are there.
@@ -314,17 +326,23 @@ func (d *Disk) Resize(size int64) error {
 	if size < 0 || size > maxSize {
 		return fmt.Errorf("overlay: size %d", size)
 	}
+	if d.flush.broken != nil {
+		return d.flush.broken
+	}
 	grow := size > d.state.size
 	if grow {
 		if err := d.grow(size); err != nil {
 			return fmt.Errorf("overlay: resize: %w", err)
+		}
+		if err := d.data.Sync(); err != nil {
+			return d.breaks("resize", err)
 		}
 	}
 	h := d.state
 	h.seq++
 	h.size, h.limit = size, min(h.limit, size)
 	if err := writeHead(d.head, h); err != nil {
-		return fmt.Errorf("overlay: resize: %w", err)
+		return d.breaks("resize", err) // nobody knows of which size it is on the disk
 	}
 	was := d.blocks.blocks
 	d.state = h
@@ -352,10 +370,7 @@ func (d *Disk) grow(size int64) error {
 			return err
 		}
 	}
-	if err := d.data.Truncate(roundUp(size)); err != nil {
-		return err
-	}
-	return d.data.Sync()
+	return d.data.Truncate(roundUp(size))
 }
 
 // Close flushes and closes. It may be called twice.

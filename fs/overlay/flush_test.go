@@ -1,0 +1,169 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+)
+
+// syncFile is a file that somebody watches being synced.
+type syncFile struct {
+	file
+	before func() error // called by each Sync; an error is that of the Sync
+}
+
+func (f syncFile) Sync() error {
+	if err := f.before(); err != nil {
+		return err
+	}
+	return f.file.Sync()
+}
+
+// TestBroken: after a sync that failed no flush succeeds any more, whatever the system says of the syncs
+// that follow, and so does no Resize and not Close.
+func TestBroken(t *testing.T) {
+	write := func(d *Disk) error {
+		if _, err := d.WriteAt([]byte{1}, 3*Block); err != nil {
+			return err
+		}
+		return d.Flush()
+	}
+	resize := func(to int64) func(*Disk) error { return func(d *Disk) error { return d.Resize(to) } }
+	type wrap func(*files, func() error)
+	data := func(f *files, fail func() error) { f.data = syncFile{f.data, fail} }
+	blocks := func(f *files, fail func() error) { f.blocks = syncFile{f.blocks, fail} }
+	headOf := func(f *files, fail func() error) { f.head = syncFile{f.head, fail} }
+	for _, c := range []struct {
+		name string
+		wrap wrap
+		do   func(*Disk) error
+	}{
+		{"data", data, write},
+		{"map", blocks, write},
+		{"grow, data", data, resize(100 * Block)},
+		{"grow, head", headOf, resize(100 * Block)},
+		{"shrink, data", data, resize(2 * Block)},
+		{"shrink, head", headOf, resize(2 * Block)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			image := someImage(rand.New(rand.NewPCG(1, 1)), 16*Block)
+			f := lossyFiles(&power{left: -1})
+			var fault error
+			c.wrap(&f, func() error { err := fault; fault = nil; return err })
+			d, err := create(f, image, head{seq: 1, size: 16 * Block, limit: 16 * Block})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := d.WriteAt([]byte{2}, 5); err != nil {
+				t.Fatal(err)
+			}
+			fault = errBad
+			for i, err := range []error{c.do(d), d.Flush(), d.Flush(), d.Resize(20 * Block), d.Resize(Block), d.Close()} {
+				if !errors.Is(err, errBad) {
+					t.Errorf("call %d: %v", i, err)
+				}
+			}
+			if fault != nil {
+				t.Error("no sync failed")
+			}
+		})
+	}
+}
+
+// TestFlushTogether: those who flush while a flush goes on share the next one, and none comes back before syncs
+// of data and then of the map that both began after it called.
+func TestFlushTogether(t *testing.T) {
+	const many = 20
+	image := someImage(rand.New(rand.NewPCG(1, 1)), 2*many*Block)
+	f := lossyFiles(&power{left: -1})
+	var mu sync.Mutex
+	var log []string // "call 3", "data", "map", "back 3" in the order they happened; guarded by mu
+	put := func(s string) {
+		mu.Lock()
+		defer mu.Unlock()
+		log = append(log, s)
+	}
+	begun, goOn := make(chan bool), make(chan bool)
+	slow := false
+	f.data = syncFile{f.data, func() error {
+		put("data")
+		if slow {
+			begun <- true
+			<-goOn
+		}
+		return nil
+	}}
+	f.blocks = syncFile{f.blocks, func() error { put("map"); return nil }}
+	d, err := create(f, image, head{seq: 1, size: 2 * many * Block, limit: 2 * many * Block})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow, log = true, nil
+	var wg sync.WaitGroup
+	flush := func(i int) {
+		wg.Go(func() {
+			if _, err := d.WriteAt([]byte{1}, int64(i)*2*Block); err != nil {
+				t.Error(err)
+			}
+			put(fmt.Sprint("call ", i))
+			if err := d.Flush(); err != nil {
+				t.Error(err)
+			}
+			put(fmt.Sprint("back ", i))
+		})
+	}
+	flush(0)
+	select {
+	case <-begun:
+	case <-time.After(10 * time.Second):
+		t.Fatal("a flush did not sync data")
+	}
+	for i := range many - 1 {
+		flush(i + 1)
+	}
+	time.Sleep(100 * time.Millisecond) // all of them wait now, or nearly
+	close(goOn)
+	go func() {
+		for range begun {
+		}
+	}()
+	wg.Wait()
+	close(begun)
+
+	if syncs := syncsFor(t, log, many); syncs > many/4 {
+		t.Errorf("%d flushes took %d syncs of data", many, syncs)
+	}
+}
+
+// syncsFor counts the syncs of data in the log of many flushes and says which came back too early.
+func syncsFor(t *testing.T, log []string, many int) (syncs int) {
+	t.Helper()
+	state := map[string]string{} // who => the last that happened to him
+	for _, s := range log {
+		var what, who string
+		if fmt.Sscan(s, &what, &who); what == "data" {
+			syncs++
+		}
+		switch what {
+		case "call":
+			state[who] = what
+		case "back":
+			if state[who] != "map" {
+				t.Errorf("flush %s came back after %q: %v", who, state[who], log)
+			}
+		default:
+			for who, last := range state {
+				if what == "data" && last == "call" || what == "map" && last == "data" {
+					state[who] = what
+				}
+			}
+		}
+	}
+	if len(state) != many {
+		t.Errorf("%d flushes, not %d", len(state), many)
+	}
+	return syncs
+}
