@@ -167,3 +167,48 @@ func syncsFor(t *testing.T, log []string, many int) (syncs int) {
 	}
 	return syncs
 }
+
+// gatedFile lets no write pass before its gate opens.
+type gatedFile struct {
+	file
+	came chan struct{}
+	gate chan struct{}
+}
+
+func (f *gatedFile) WriteAt(p []byte, off int64) (int, error) {
+	f.came <- struct{}{}
+	<-f.gate
+	return f.file.WriteAt(p, off)
+}
+
+// TestBitIsWrittenBeforeItIsSeen: a write to a block that another one has just brought into data is not answered before
+// that is written down: else it would be lost with the process.
+func TestBitIsWrittenBeforeItIsSeen(t *testing.T) {
+	const size = 4 * Block
+	f := lossyFiles(&power{left: -1})
+	d, err := create(f, someImage(rand.New(rand.NewPCG(1, 1)), size), head{seq: 1, size: size, limit: size})
+	if err != nil {
+		t.Fatal(err)
+	}
+	live := &gatedFile{d.blocks.live, make(chan struct{}, 10), make(chan struct{})}
+	d.blocks.live = live
+	answered := make(chan error, 2)
+	write := func(off int64) {
+		_, err := d.WriteAt([]byte("x"), off)
+		answered <- err
+	}
+	go write(0)
+	<-live.came
+	go write(1000)
+	select {
+	case <-answered:
+		t.Fatal("a write was answered before it was written down that its block is in data")
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(live.gate)
+	for range 2 {
+		if err := <-answered; err != nil {
+			t.Error(err)
+		}
+	}
+}

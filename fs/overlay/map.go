@@ -154,26 +154,36 @@ func (m *blockMap) run(block, limit int64) (n int64, in bool) {
 	return min(n, limit), in
 }
 
-// set marks blocks as in data, in memory and in live.
+// set marks blocks as in data: in live, and then in memory, where others see it and answer writes to these blocks.
 func (m *blockMap) set(from, to int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.change(from, to, true)
-	for from < to { // what is written of a word must not overtake what is written of it later: hence under the lock
-		i, first := from/mapBlocks, from%mapBlocks/64
-		n := min(to-from, mapBlocks-from%mapBlocks)
-		last := (from%mapBlocks + n - 1) / 64
+	for at := from; at < to; { // under the lock: an older value of a word must not overtake a newer one
+		i, bit := at/mapBlocks, at%mapBlocks
+		n := min(to-at, mapBlocks-bit)
+		first, last := bit/64, (bit+n-1)/64
 		s := m.sectors[i].Load()
 		b := m.scratch[:0]
 		for w := first; w <= last; w++ {
-			b = binary.LittleEndian.AppendUint64(b, s[w].Load())
+			word := bitsOf(bit-64*w, bit+n-64*w)
+			if s != nil {
+				word |= s[w].Load()
+			}
+			b = binary.LittleEndian.AppendUint64(b, word)
 		}
 		if _, err := m.live.WriteAt(b, liveAt(i)+8*first); err != nil {
 			return err
 		}
-		from += n
+		at += n
 	}
+	m.change(from, to, true)
 	return nil
+}
+
+// bitsOf is the word with bits [from, to), of which only 0 to 63 are there.
+func bitsOf(from, to int64) uint64 {
+	from, to = max(from, 0), min(to, 64)
+	return ^uint64(0) >> (64 - (to - from)) << from
 }
 
 // clear marks blocks as not in data. Nobody else is there, and live is to be made anew.

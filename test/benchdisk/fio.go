@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -182,6 +183,10 @@ func (b *bench) once(ctx context.Context, t target, w work, image string) (rate 
 			}
 			Error int
 		}
+	}
+	// Its NBD engine says on stdout that it is connected.
+	if i := bytes.IndexByte(out, '{'); i > 0 {
+		out = out[i:]
 	}
 	if err := json.Unmarshal(out, &res); err != nil || len(res.Jobs) != 1 || res.Jobs[0].Error != 0 {
 		return 0, fmt.Errorf("fio: %w: %.300s", err, out)

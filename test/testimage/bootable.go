@@ -40,6 +40,7 @@ func MakeBootable(ctx context.Context, path, cache string) (Disk, error) {
 	}{
 		{"partition table", func() error { return d.partition(ctx) }},
 		{"root partition", func() error { return d.fillRoot(ctx, tarball) }},
+		{"swap partition", func() error { return d.makeSwap(ctx) }},
 		{"settings", func() error { return d.makeBoot(ctx) }},
 		{"BIOS boot loader", func() error { return d.bootByBIOS(ctx) }},
 		{"UEFI boot loader", func() error { return d.bootByUEFI(ctx) }},
