@@ -99,30 +99,37 @@ func (m *model) Allocated(granularity int64) iter.Seq2[extent.Extent, error] {
 // store writes what src has allocated to path and makes the rest a hole.
 func store(t testing.TB, src Source, path string) {
 	t.Helper()
+	if err := storeFile(src, path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func storeFile(src Source, path string) error {
 	f, err := os.Create(path)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	defer f.Close()
 	if err := f.Truncate(src.Size()); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	p := make([]byte, 4*mib)
 	for e, err := range src.Allocated(4 * kib) {
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
 		for off := e.Off; off < e.End(); {
 			n := min(int64(len(p)), e.End()-off)
 			if n, err := src.ReadAt(p[:n], off); err != nil && !(err == io.EOF && off+int64(n) == src.Size()) {
-				t.Fatal(err)
+				return err
 			}
 			if _, err := f.WriteAt(p[:n], off); err != nil {
-				t.Fatal(err)
+				return err
 			}
 			off += n
 		}
 	}
+	return nil
 }
 
 // qemu runs a QEMU tool in dir and returns its output. The test is skipped when

@@ -67,17 +67,23 @@ func TestReadsQEMUsVMDKs(t *testing.T) {
 func makeHuge(t *testing.T, dir, options string, disk Source) {
 	t.Helper()
 	mustQEMU(t, dir, "qemu-img", "create", "-q", "-f", "vmdk", "-o", options, "disk.vmdk", fmt.Sprint(disk.Size()))
-	args := []string{"-f", "vmdk"}
-	for i, e := range allocated(t, disk, 512) {
+	writeParts(t, dir, "vmdk", "disk.vmdk", disk, allocated(t, disk, 512))
+}
+
+// writeParts has qemu-io write parts of src, in whole sectors, to a disk.
+func writeParts(t *testing.T, dir, driver, name string, src Source, parts []extent.Extent) {
+	t.Helper()
+	args := []string{"-f", driver}
+	for i, e := range parts {
 		p := make([]byte, e.Len)
-		disk.ReadAt(p, e.Off)
-		name := fmt.Sprint("part", i)
-		if err := os.WriteFile(filepath.Join(dir, name), p, 0o600); err != nil {
+		readPadded(src, p, e.Off)
+		part := fmt.Sprint("part", i)
+		if err := os.WriteFile(filepath.Join(dir, part), p, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		args = append(args, "-c", fmt.Sprintf("write -q -s %s %d %d", name, e.Off, e.Len))
+		args = append(args, "-c", fmt.Sprintf("write -q -s %s %d %d", part, e.Off, e.Len))
 	}
-	mustQEMU(t, dir, "qemu-io", append(args, "disk.vmdk")...)
+	mustQEMU(t, dir, "qemu-io", append(args, name)...)
 }
 
 // asQEMU is the disk as QEMU reads it.
@@ -157,6 +163,7 @@ type esxDisk struct {
 	grain   int64 // sectors
 	states  []esxState
 	seed    uint64
+	src     Source // what has the bytes; nil: they are made up
 }
 
 type esxState byte
@@ -185,9 +192,13 @@ func randomESX(seed uint64, sectors, grain int64, kinds ...esxState) esxDisk {
 	return d
 }
 
-// bytes are those of grain i: never zero.
+// bytes are those of grain i: never zero where they are made up.
 func (d esxDisk) bytes(i int) []byte {
 	p := make([]byte, d.grain*512)
+	if d.src != nil {
+		readPadded(d.src, p, int64(i)*d.grain*512)
+		return p
+	}
 	rnd := rand.New(rand.NewPCG(d.seed, uint64(i)))
 	for j := range p {
 		p[j] = byte(rnd.Uint32()) | 1
