@@ -123,11 +123,7 @@ func (d vhdDisk) sector(i int) []byte {
 		readPadded(d.src, p, int64(i)*512)
 		return p
 	}
-	rnd := rand.New(rand.NewPCG(d.seed, uint64(i)))
-	for j := range p {
-		p[j] = byte(rnd.Uint32()) | 1
-	}
-	return p
+	return madeUp(p, d.seed, i)
 }
 
 // over lays the sectors of d on p.
@@ -426,7 +422,7 @@ func TestProbe(t *testing.T) {
 		"i.img":    []byte("conectix"),
 	})
 	for name, want := range map[string]error{
-		"a.vhd": nil, "a.img": ErrUnsupported, "b.img": nil, "c.img": ErrUnsupported, "d-s.vmdk": ErrUnsupported,
+		"a.vhd": nil, "a.img": ErrUnsupported, "b.img": nil, "c.img": ErrCorrupt, "d-s.vmdk": ErrUnsupported,
 		"e.img": ErrUnsupported, "f.img": ErrUnsupported, "g.img": ErrCorrupt, "h.img": nil, "i.img": ErrCorrupt,
 	} {
 		img, err := OpenChain(filepath.Join(dir, name), Policy{})
@@ -444,8 +440,11 @@ func TestProbe(t *testing.T) {
 	for _, format := range []string{"vhd", "vpc"} {
 		openChain(t, filepath.Join(dir, "a.img"), Policy{Format: format})
 	}
-	if _, err := OpenChain(filepath.Join(dir, "a.vhd"), Policy{Format: "vhdx"}); !errors.Is(err, ErrUnsupported) {
+	if _, err := OpenChain(filepath.Join(dir, "a.vhd"), Policy{Format: "vhdx"}); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("vhdx: %v", err)
+	}
+	if _, err := OpenChain(filepath.Join(dir, "a.vhd"), Policy{Format: "vdi"}); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("vdi: %v", err)
 	}
 }
 

@@ -34,13 +34,9 @@ func TestReadsQEMUsVMDKs(t *testing.T) {
 		"sparse":     compressible{randomModel(3, 40*mib+512, 70, 300*kib)},
 		"sparser":    randomModel(4, 5<<30+512, 9, 300*kib), // three extents
 		"zeros":      newModel(5, 10*mib),
-		"3 TiB":      newModel(6, 3*tib+512, ext(mib+5, 100), ext(tib-3, 900), ext(3*tib-mib, mib+512)),
 	}
 	for _, k := range vmdkKinds {
 		for name, disk := range disks {
-			if disk.Size() > tib && k.name != "flat" && k.name != "sparse" {
-				continue // thousands of files, or minutes of compressing zeros
-			}
 			if disk.Size() == 5<<30+512 && !strings.HasPrefix(k.name, "split") {
 				continue // one extent, like the smaller ones
 			}
@@ -48,11 +44,7 @@ func TestReadsQEMUsVMDKs(t *testing.T) {
 				t.Parallel()
 				dir := t.TempDir()
 				store(t, disk, filepath.Join(dir, "raw"))
-				if disk.Size() > tib {
-					makeHuge(t, dir, k.options, disk)
-				} else {
-					mustQEMU(t, dir, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", k.options, "raw", "disk.vmdk")
-				}
+				mustQEMU(t, dir, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", k.options, "raw", "disk.vmdk")
 				img := openChain(t, filepath.Join(dir, "disk.vmdk"), Policy{})
 				checkImage(t, img, disk)
 				if n := extent.Total(allocated(t, img, 64*kib)); disk.Size() > 1<<30 && n > 10*mib {
@@ -61,13 +53,6 @@ func TestReadsQEMUsVMDKs(t *testing.T) {
 			})
 		}
 	}
-}
-
-// makeHuge writes with qemu-io, since converting reads the whole disk.
-func makeHuge(t *testing.T, dir, options string, disk Source) {
-	t.Helper()
-	mustQEMU(t, dir, "qemu-img", "create", "-q", "-f", "vmdk", "-o", options, "disk.vmdk", fmt.Sprint(disk.Size()))
-	writeParts(t, dir, "vmdk", "disk.vmdk", disk, allocated(t, disk, 512))
 }
 
 // writeParts has qemu-io write parts of src, in whole sectors, to a disk.
@@ -199,9 +184,14 @@ func (d esxDisk) bytes(i int) []byte {
 		readPadded(d.src, p, int64(i)*d.grain*512)
 		return p
 	}
-	rnd := rand.New(rand.NewPCG(d.seed, uint64(i)))
-	for j := range p {
-		p[j] = byte(rnd.Uint32()) | 1
+	return madeUp(p, d.seed, i)
+}
+
+// madeUp fills p, whole sectors, with bytes that are not zero.
+func madeUp(p []byte, seed uint64, i int) []byte {
+	rnd := rand.New(rand.NewPCG(seed, uint64(i)))
+	for j := 0; j < len(p); j += 8 {
+		binary.LittleEndian.PutUint64(p[j:], rnd.Uint64()|0x0101010101010101)
 	}
 	return p
 }
