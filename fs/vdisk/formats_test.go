@@ -184,7 +184,7 @@ func tableDisks(t *testing.T) []tableDisk {
 
 // ext4Disk is a file system with a tree of this machine.
 func ext4Disk(t *testing.T) Source {
-	for _, dir := range []string{"/usr/share/doc", "/usr/share", "/usr/lib", "/usr/bin"} {
+	for _, dir := range []string{"/usr/share/perl", "/usr/sbin", "/usr/share/doc", "/usr/share", "/usr/bin"} {
 		size := int64(0)
 		filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 			if err != nil || size > 200*mib {
@@ -195,7 +195,7 @@ func ext4Disk(t *testing.T) Source {
 			}
 			return nil
 		})
-		if size < 20*mib || size > 200*mib {
+		if size < 10*mib || size > 200*mib {
 			continue
 		}
 		path := tempPath(t, "ext4")
