@@ -127,16 +127,22 @@ func TestContentIDs(t *testing.T) {
 	mustQEMU(t, dir, "qemu-img", "create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", "top.vmdk")
 	openChain(t, filepath.Join(dir, "top.vmdk"), Policy{})
 	b := readFile(t, filepath.Join(dir, "base.vmdk"))
-	i := bytes.Index(b, []byte("\nCID="))
-	copy(b[i+5:], "0badcafe")
+	// QEMU leaves leading zeros of these numbers out.
+	field := func(b []byte, key string) []byte {
+		_, value, _ := bytes.Cut(b, []byte("\n"+key+"="))
+		value, _, _ = bytes.Cut(value, []byte("\n"))
+		return value
+	}
+	padded := func(value []byte) string { return fmt.Sprintf("%08s", value) }
+	cid := field(b, "CID")
+	copy(cid, "badcafe1badcafe1"[:len(cid)])
 	if err := os.WriteFile(filepath.Join(dir, "base.vmdk"), b, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	top := readFile(t, filepath.Join(dir, "top.vmdk"))
-	i = bytes.Index(top, []byte("parentCID=")) + 10
-	want := string(top[i : i+8])
+	want := padded(field(top, "parentCID"))
 	_, err := OpenChain(filepath.Join(dir, "top.vmdk"), Policy{})
-	if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "0badcafe") || !strings.Contains(err.Error(), want) {
+	if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), padded(cid)) || !strings.Contains(err.Error(), want) {
 		t.Errorf("another parent: %v", err)
 	}
 }
