@@ -31,8 +31,8 @@ func commands() []command {
 			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
 			short: "back up disk image files",
 			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
-				"Files are raw, qcow2, VMDK or VHD, told by their first bytes (a VHD by its last); one that ends in .raw or\n" +
-				"-flat.vmdk is raw. Of a VMDK in several files give the descriptor; it is read with its extents and parents.\n" +
+				"Files are raw, qcow2, VMDK, VHD or VHDX, told by their first bytes (a VHD by its last); one that ends in .raw\n" +
+				"or -flat.vmdk is raw. Of a VMDK in several files give the descriptor; it is read with its extents and parents.\n" +
 				"With -r tls://HOST:PORT the point is added to a repository on another host, by its 'holdfast serve'. The token\n" +
 				"for it comes from --token-file, HOLDFAST_TOKEN_FILE, HOLDFAST_TOKEN or a prompt; no password is needed.",
 			min: 1, max: -1, completes: files,

@@ -41,9 +41,10 @@ type Chain struct {
 	files []*RawFile // the top first
 }
 
-// OpenChain opens the disk image at path, raw, qcow2, VMDK or VHD, with the
-// files it names, relative to the file that names them: backing files, parents,
-// extents. A backing file whose format is not recorded is told by its magic.
+// OpenChain opens the disk image at path, raw, qcow2, VMDK, VHD or VHDX, with
+// the files it names, relative to the file that names them: backing files,
+// parents, extents. A backing file whose format is not recorded is told by its
+// magic.
 //
 // A chain that comes back to an image (by device and inode) or is longer than 64
 // is ErrCorrupt; what the policy forbids is ErrRefused: names outside of the
@@ -201,8 +202,23 @@ func (o *chainOpener) vhd(i image, raw *RawFile) (Source, error) {
 func (o *chainOpener) vhdx(i image, raw *RawFile) (Source, error) {
 	return OpenVHDX(raw, raw.Size(), VHDXOptions{
 		Name:   i.file.Name(),
-		Parent: func(l ParentLocator) (Source, error) { return o.backing(i, l.Relative(), "vhdx") },
+		Parent: func(l ParentLocator) (Source, error) { return o.vhdxParent(i, l) },
 	})
+}
+
+// vhdxParent tries all names of a parent: a wrong file shows by its id.
+func (o *chainOpener) vhdxParent(i image, l ParentLocator) (src Source, err error) {
+	err = corrupt("no file is named")
+	for n, name := range l.names() {
+		src, e := o.backing(i, name, "vhdx")
+		if n == 0 || !errors.Is(e, os.ErrNotExist) {
+			err = e
+		}
+		if !errors.Is(e, os.ErrNotExist) {
+			return src, err
+		}
+	}
+	return nil, err
 }
 
 func (o *chainOpener) once(f *os.File) error {

@@ -89,7 +89,8 @@ func askQEMU(t *testing.T, f format, l layout) {
 	}
 	store(t, file, filepath.Join(dir, name))
 	checkStored(t, dir, f.qemu(), name, l)
-	if f.qemu() != "raw" && f.qemu() != "vpc" { // those two have no check
+	// Raw and vpc have no check, and that of vmdk looks at every grain.
+	if f.qemu() != "raw" && f.qemu() != "vpc" && !(f.qemu() == "vmdk" && l.disk.size > 9*tib) {
 		mustQEMU(t, dir, "qemu-img", "check", "-f", f.qemu(), name)
 	}
 	if st, err := os.Stat(filepath.Join(dir, name)); err != nil || st.Size() != file.Size() {
@@ -150,6 +151,9 @@ func TestDescriptorAgainstQEMU(t *testing.T) {
 	needQEMU(t)
 	for _, kind := range []VMDKKind{MonolithicFlat, VMFS} {
 		for _, l := range layouts() {
+			if l.disk.size > 6*mib && l.disk.size < tib {
+				continue // the flat file is the disk: only sizes matter
+			}
 			t.Run(string(kind)+"/"+l.name, func(t *testing.T) {
 				t.Parallel()
 				dir := t.TempDir()

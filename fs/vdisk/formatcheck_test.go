@@ -311,11 +311,7 @@ func TestFormatsAgainstDocuments(t *testing.T) {
 				case "vpc":
 					err = checkVHD(file, file.Size(), disk)
 				case "fixed":
-					err = caught(func() {
-						c := &formatChecker{file, file.Size()}
-						c.must(file.Size() == disk+512, "%d bytes", file.Size())
-						c.vhdFooter(c.read(disk, 512), disk, 2, 0xFFFFFFFFFFFFFFFF)
-					})
+					err = checkFixedVHD(file, l.disk, sector)
 				case "vmdk":
 					err = checkSparseVMDK(file, file.Size(), disk)
 				case "stream":

@@ -27,60 +27,139 @@ type diskFormat struct {
 	make func(src Source, name string) (File, error)
 	// make4096 does so with logical sectors of 4096 bytes; nil: the format has none.
 	make4096 func(src Source, name string) (File, error)
-	noEmpty  bool // it cannot hold a disk of no sectors
-	check    bool // qemu-img check knows it
-	slow     bool // QEMU needs minutes or hours to go through TiB of holes
-	// own is a checker of ours, written from the format's document; it returns
-	// the size of the disk. Nil: there is nothing to check.
-	own func(r io.ReaderAt, size int64) (int64, error)
+	// descriptor: what make computes goes beside a descriptor of that kind.
+	descriptor VMDKKind
+	noEmpty    bool // it cannot hold a disk of no sectors
+	no3TiB     bool // it cannot hold 3 TiB
+	check      bool // qemu-img check knows it
+	slow       bool // QEMU needs minutes or hours to go through TiB of holes
+	// own is a checker of ours, written from the format's document. Nil: there is
+	// nothing to check.
+	own func(f File, src Source, sector int64) error
 
-	// open reads what "qemu-img convert -o options" wrote; nil: see noRead.
-	open    func(r *RawFile) (Source, error)
+	// write makes a file of d for us to read, in dir, and gives its name and who
+	// says what disk it is; nil: "qemu-img convert -o options" makes it.
+	write   func(t *testing.T, d tableDisk, dir string) (name string, says judge)
 	options string
-	noRead  string // why there is nothing to read
-	no3TiB  string // why QEMU is not asked to write 3 TiB
+	skip3   string // why nobody is asked to write 3 TiB
+}
+
+// judge makes sure that the file called name in dir holds d, which raw is; of a
+// disk with tableDisk.data it may look at no more than that.
+type judge struct {
+	word string
+	ask  func(t *testing.T, d tableDisk, dir, name, raw string)
+}
+
+func qemuSays(driver string) judge {
+	return judge{"identical", func(t *testing.T, d tableDisk, dir, name, raw string) {
+		if d.data == nil {
+			mustQEMU(t, dir, "qemu-img", "compare", "-f", driver, "-F", "raw", name, raw)
+			return
+		}
+		size := roundUp(d.src.Size(), sector)
+		for _, e := range append([]extent.Extent{ext(size/3, mib)}, d.data...) {
+			comparePart(t, dir, driver, name, d.src, e, size)
+		}
+	}}
 }
 
 func diskFormats() []diskFormat {
-	ownVHDX := func(r io.ReaderAt, size int64) (int64, error) {
-		rep, err := checkVHDX(r, size)
-		return rep.disk, err
+	ownVHDX := func(f File, src Source, sector int64) error {
+		rep, err := checkVHDX(f, f.Size())
+		return errors.Join(err, sameSize(rep.disk, src, sector))
 	}
-	ownQCOW2 := func(r io.ReaderAt, size int64) (int64, error) {
-		rep, err := checkQCOW2(r, size)
-		return rep.disk, err
+	ownQCOW2 := func(f File, src Source, sector int64) error {
+		rep, err := checkQCOW2(f, f.Size())
+		return errors.Join(err, sameSize(rep.disk, src, sector))
 	}
-	openVHDX := func(r *RawFile) (Source, error) { return OpenVHDX(r, r.Size(), VHDXOptions{}) }
-	openQCOW2 := func(r *RawFile) (Source, error) { return OpenQCOW2(r, r.Size(), QCOW2Options{}) }
 	vhdx := func(layout VHDXLayout) func(Source, string) (File, error) {
 		return func(src Source, _ string) (File, error) { return VHDXAs(src, testID, layout) }
 	}
+	flat := func(src Source, _ string) (File, error) { return Flat(src), nil }
+	const tooManyFiles = "QEMU takes a minute for 1536 files"
 	return []diskFormat{{
-		name: "raw", driver: "raw",
-		make: func(src Source, _ string) (File, error) { return Flat(src), nil },
-		open: func(r *RawFile) (Source, error) { return r, nil },
+		name: "raw", driver: "raw", make: flat,
 	}, {
 		name: "qcow2", driver: "qcow2", check: true, own: ownQCOW2,
 		make: func(src Source, _ string) (File, error) { return QCOW2(src) },
-		open: openQCOW2,
 	}, {
 		name: "qcow2 sparse", driver: "qcow2", check: true, own: ownQCOW2,
 		make: func(src Source, _ string) (File, error) { return QCOW2Sparse(src) },
 		// The nearest that QEMU has: all clusters have their places.
-		open: openQCOW2, options: "preallocation=metadata", no3TiB: "QEMU writes 400 MB",
+		options: "preallocation=metadata", skip3: "QEMU writes 400 MB",
 	}, {
-		name: "vhdx", driver: "vhdx", check: true, noEmpty: true, slow: true, own: ownVHDX,
+		name: "qcow2 over qcow2", driver: "qcow2", write: overlay("qcow2", "", ""),
+	}, {
+		name: "vhdx dynamic", driver: "vhdx", check: true, noEmpty: true, slow: true, own: ownVHDX,
 		make: vhdx(VHDXLayout{}), make4096: vhdx(VHDXLayout{Sector: 4096}),
-		open: openVHDX, options: "subformat=dynamic",
+		options: "subformat=dynamic",
 	}, {
 		name: "vhdx fixed", driver: "vhdx", check: true, noEmpty: true, slow: true, own: ownVHDX,
 		make: vhdx(VHDXLayout{Fixed: true}), make4096: vhdx(VHDXLayout{Fixed: true, Sector: 4096, Block: 2 * mib}),
-		open: openVHDX, options: "subformat=fixed",
+		options: "subformat=fixed",
+	}, {
+		name: "vhdx differencing", driver: "vhdx", noEmpty: true, write: differencingVHDX,
+	}, {
+		name: "vhd dynamic", driver: "vpc", noEmpty: true, no3TiB: true,
+		make: func(src Source, _ string) (File, error) { return VHD(src, testID) },
+		own: func(f File, src Source, sector int64) error {
+			return checkVHD(f, f.Size(), roundUp(src.Size(), sector))
+		},
+		options: "subformat=dynamic,force_size=on",
+	}, {
+		name: "vhd fixed", driver: "vpc", noEmpty: true, no3TiB: true,
+		make:    func(src Source, _ string) (File, error) { return VHDFixed(src, testID) },
+		own:     checkFixedVHD,
+		options: "subformat=fixed,force_size=on",
+	}, {
+		name: "vhd differencing", driver: "vpc", noEmpty: true, no3TiB: true, write: differencingVHD,
 	}, {
 		name: "vmdk sparse", driver: "vmdk", check: true, noEmpty: true, slow: true,
-		make:   func(src Source, name string) (File, error) { return SparseVMDK(src, testID, name) },
-		noRead: "no reader",
+		make: func(src Source, name string) (File, error) { return SparseVMDK(src, testID, name) },
+		own: func(f File, src Source, sector int64) error {
+			return checkSparseVMDK(f, f.Size(), roundUp(src.Size(), sector))
+		},
+		options: "subformat=monolithicSparse",
+	}, {
+		name: "vmdk stream", driver: "vmdk", check: true, noEmpty: true, slow: true,
+		make:    func(src Source, name string) (File, error) { return StreamVMDK(src, testID, name) },
+		own:     func(f File, src Source, _ int64) error { return checkStream(f, f.Size(), src) },
+		options: "subformat=streamOptimized",
+	}, {
+		name: "vmdk flat", driver: "vmdk", noEmpty: true, make: flat, descriptor: MonolithicFlat,
+		options: "subformat=monolithicFlat",
+	}, {
+		name: "vmdk vmfs", driver: "vmdk", noEmpty: true, make: flat, descriptor: VMFS, write: vmfsDisk,
+	}, {
+		name: "vmdk split sparse", driver: "vmdk", noEmpty: true,
+		options: "subformat=twoGbMaxExtentSparse", skip3: tooManyFiles,
+	}, {
+		name: "vmdk split flat", driver: "vmdk", noEmpty: true,
+		options: "subformat=twoGbMaxExtentFlat",
+	}, {
+		name: "vmdk delta", driver: "vmdk", noEmpty: true, write: overlay("vmdk", "subformat=monolithicFlat", "zeroed_grain=on"),
+	}, {
+		name: "vmfsSparse delta", driver: "vmdk", noEmpty: true, no3TiB: true, write: esxDelta("vmfsSparse"),
+	}, {
+		name: "seSparse delta", driver: "vmdk", noEmpty: true, write: esxDelta("seSparse"),
+		skip3: "too large for the writer",
 	}}
+}
+
+func sameSize(disk int64, src Source, sector int64) error {
+	if want := roundUp(src.Size(), sector); disk != want {
+		return fmt.Errorf("a disk of %d bytes, want %d", disk, want)
+	}
+	return nil
+}
+
+func checkFixedVHD(f File, src Source, sector int64) error {
+	return caught(func() {
+		c, disk := &formatChecker{f, f.Size()}, roundUp(src.Size(), sector)
+		c.must(f.Size() == disk+512, "%d bytes for a disk of %d", f.Size(), disk)
+		c.vhdFooter(c.read(disk, 512), disk, 2, 1<<64-1)
+	})
 }
 
 // tableDisk is a column of the table.
@@ -105,7 +184,7 @@ func tableDisks(t *testing.T) []tableDisk {
 
 // ext4Disk is a file system with a tree of this machine.
 func ext4Disk(t *testing.T) Source {
-	for _, dir := range []string{"/usr/share/doc", "/usr/share", "/usr/lib", "/usr/bin"} {
+	for _, dir := range []string{"/usr/share/perl", "/usr/sbin", "/usr/share/doc", "/usr/share", "/usr/bin"} {
 		size := int64(0)
 		filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 			if err != nil || size > 200*mib {
@@ -116,7 +195,7 @@ func ext4Disk(t *testing.T) Source {
 			}
 			return nil
 		})
-		if size < 20*mib || size > 200*mib {
+		if size < 10*mib || size > 200*mib {
 			continue
 		}
 		path := tempPath(t, "ext4")
@@ -137,8 +216,10 @@ func ext4Disk(t *testing.T) Source {
 }
 
 // Every format, computed and read, with every kind of disk; -v prints what is
-// proven. "identical" is qemu-img compare with the raw disk, or its qemu-img
-// convert read back by us; "clean" is qemu-img check and a checker of ours.
+// proven. "identical" is qemu-img compare with the raw disk; where we read, of
+// all that we read with the disk whose file qemu-img convert made, or that
+// qemu-img compare found in what a writer of these tests made. "clean" is
+// qemu-img check and, where there is one, a checker of ours.
 func TestFormats(t *testing.T) {
 	needQEMU(t)
 	if raced {
@@ -190,6 +271,9 @@ func TestFormats(t *testing.T) {
 
 func computedCell(t *testing.T, f diskFormat, d tableDisk, raw string) string {
 	compute, pad := f.make, int64(512)
+	if compute == nil {
+		return "is not computed"
+	}
 	if d.only == "4096" {
 		compute, pad = f.make4096, 4096
 	}
@@ -197,43 +281,73 @@ func computedCell(t *testing.T, f diskFormat, d tableDisk, raw string) string {
 		return "format has none"
 	}
 	dir, name := t.TempDir(), "disk."+f.driver
-	file, err := compute(d.src, name)
-	if d.src.Size() == 0 && f.noEmpty {
-		if !errors.Is(err, ErrEmpty) {
-			t.Errorf("got %v, want ErrEmpty", err)
+	file, err := f.computed(compute, d.src, dir, name)
+	if want := f.refuses(d); want != nil {
+		if !errors.Is(err, want) {
+			t.Errorf("got %v, want %v", err, want)
 		}
 		return "format has none"
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	size := roundUp(d.src.Size(), pad)
 	if f.own != nil {
-		if disk, err := f.own(file, file.Size()); err != nil || disk != size {
-			t.Errorf("own checker: disk of %d bytes, %v", disk, err)
+		if err := f.own(file, d.src, pad); err != nil {
+			t.Errorf("own checker: %v", err)
 		}
 	}
 	if pad == 4096 {
-		return "QEMU reads none, clean" // 7.2: "Operation not supported"
+		// QEMU 7.2 says "Operation not supported".
+		says := libvhdiSays()
+		says.ask(t, d, dir, name, raw)
+		return says.word + ", own checker: clean"
 	}
-	store(t, file, filepath.Join(dir, name))
+	size := roundUp(d.src.Size(), pad)
 	if got := virtualSize(t, dir, f.driver, name); got != size {
 		t.Errorf("virtual size %d, want %d", got, size)
 	}
 	word := "identical"
 	if f.slow && d.data != nil {
 		word = "identical around the data"
-		for _, e := range append([]extent.Extent{ext(size/3, mib)}, d.data...) {
-			comparePart(t, dir, f.driver, name, d.src, e, size)
-		}
 	} else {
-		mustQEMU(t, dir, "qemu-img", "compare", "-f", f.driver, "-F", "raw", name, raw)
+		d.data = nil
 	}
-	if f.check {
+	qemuSays(f.driver).ask(t, d, dir, name, raw)
+	switch {
+	case f.check:
 		mustQEMU(t, dir, "qemu-img", "check", "-f", f.driver, name)
 		word += ", clean"
+	case f.own != nil:
+		word += ", own checker: clean"
 	}
 	return word
+}
+
+// refuses is the error with which d cannot be computed.
+func (f diskFormat) refuses(d tableDisk) error {
+	switch size := d.src.Size(); {
+	case size == 0 && f.noEmpty:
+		return ErrEmpty
+	case size >= 3*tib && f.no3TiB:
+		return ErrTooLarge
+	}
+	return nil
+}
+
+// computed stores what is computed as dir/name.
+func (f diskFormat) computed(compute func(Source, string) (File, error), src Source, dir, name string) (File, error) {
+	file, err := compute(src, name)
+	if err == nil && f.descriptor != "" {
+		var text []byte
+		if text, err = VMDKDescriptor(f.descriptor, src.Size(), "disk-flat.vmdk", testID); err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), text, 0o600)
+		}
+		name = "disk-flat.vmdk"
+	}
+	if err != nil {
+		return nil, err
+	}
+	return file, storeFile(file, filepath.Join(dir, name))
 }
 
 // comparePart lets QEMU read e, and some of what is around it.
@@ -259,38 +373,41 @@ func comparePart(t *testing.T, dir, driver, name string, src Source, e extent.Ex
 }
 
 func readCell(t *testing.T, f diskFormat, d tableDisk, raw string) string {
-	if f.open == nil {
-		return f.noRead
-	}
-	if d.src.Size() == 0 && f.noEmpty {
+	if f.refuses(d) != nil {
 		return "format has none"
 	}
 	if d.only == "4096" {
-		if f.make4096 == nil {
+		if f.driver != "vhdx" {
 			return "format has none"
 		}
 		return "QEMU makes none"
 	}
-	if d.data != nil && f.no3TiB != "" {
-		return f.no3TiB
+	if d.data != nil && f.skip3 != "" {
+		return f.skip3
 	}
-	dir := t.TempDir()
-	args := []string{"convert", "-f", "raw", "-O", f.driver}
-	if f.options != "" {
-		args = append(args, "-o", f.options)
+	dir, name, says := t.TempDir(), "disk."+f.driver, judge{word: "identical"}
+	if f.write != nil {
+		name, says = f.write(t, d, dir)
+		if says.ask != nil {
+			says.ask(t, d, dir, name, raw)
+		}
+	} else {
+		args := []string{"convert", "-f", "raw", "-O", f.driver}
+		if f.options != "" {
+			args = append(args, "-o", f.options)
+		}
+		mustQEMU(t, dir, "qemu-img", append(args, raw, name)...)
 	}
-	mustQEMU(t, dir, "qemu-img", append(args, raw, "disk")...)
-	file, err := OpenRaw(filepath.Join(dir, "disk"))
+	img, err := OpenChain(filepath.Join(dir, name), Policy{Format: f.driver})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close()
-	img, err := f.open(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	defer img.Close()
 	compareRead(t, img, Flat(d.src), d.data)
-	return "identical"
+	if d.data != nil {
+		return says.word + " around the data"
+	}
+	return says.word
 }
 
 // compareRead compares all of img with want, or only around data, and looks

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"unicode/utf16"
+
+	"github.com/holdfast-backup/holdfast/store/extent"
 )
 
 func TestReadsQEMUsVHDs(t *testing.T) {
@@ -93,6 +95,7 @@ type vhdDisk struct {
 	parent byte
 	name   string // of the parent
 	seed   uint64
+	src    Source // what has the sectors; nil: they are made up
 }
 
 // randomVHD has runs of a multiple of unit sectors.
@@ -113,14 +116,14 @@ func randomVHD(seed uint64, size, block int64, unit int, id byte) vhdDisk {
 	return d
 }
 
-// sector is the content of sector i: never zero.
+// sector is the content of sector i: never zero where it is made up.
 func (d vhdDisk) sector(i int) []byte {
 	p := make([]byte, 512)
-	rnd := rand.New(rand.NewPCG(d.seed, uint64(i)))
-	for j := range p {
-		p[j] = byte(rnd.Uint32()) | 1
+	if d.src != nil {
+		readPadded(d.src, p, int64(i)*512)
+		return p
 	}
-	return p
+	return madeUp(p, d.seed, i)
 }
 
 // over lays the sectors of d on p.
@@ -202,24 +205,30 @@ func writeVHD(d vhdDisk) []byte {
 	return append(b, foot...)
 }
 
-// libvhdi reads a chain, the top first: an oracle for what qemu-img cannot.
-func libvhdi(t *testing.T, out string, paths ...string) {
+// libvhdi reads a chain of VHD or VHDX, the top first: an oracle for what
+// qemu-img cannot. out is the disk, with holes where it is not in parts; nil: all.
+func libvhdi(t *testing.T, out string, parts []extent.Extent, paths ...string) {
 	t.Helper()
 	const script = `
 import sys, pyvhdi
 files = []
-for path in sys.argv[2:]:
+for path in sys.argv[3:]:
     f = pyvhdi.file()
     f.open(path)
     if files:
         files[-1].set_parent(f)
     files.append(f)
+size = files[0].get_media_size()
 with open(sys.argv[1], "wb") as out:
-    left = files[0].get_media_size()
-    while left:
-        b = files[0].read_buffer(min(left, 1 << 20))
-        out.write(b)
-        left -= len(b)
+    out.truncate(size)
+    for part in sys.argv[2].split() or ["0+%d" % size]:
+        off, left = map(int, part.split("+"))
+        files[0].seek_offset(off)
+        out.seek(off)
+        while left:
+            b = files[0].read_buffer(min(left, 1 << 20))
+            out.write(b)
+            left -= len(b)
 `
 	if testing.Short() {
 		t.Skip("-short: not running libvhdi")
@@ -227,7 +236,12 @@ with open(sys.argv[1], "wb") as out:
 	if err := exec.Command("/usr/bin/python3", "-c", "import pyvhdi").Run(); err != nil {
 		t.Skipf("the oracle is missing (Debian package python3-libvhdi): %v", err)
 	}
-	if b, err := exec.Command("/usr/bin/python3", append([]string{"-c", script, out}, paths...)...).CombinedOutput(); err != nil {
+	var where []string
+	for _, e := range parts {
+		where = append(where, fmt.Sprintf("%d+%d", e.Off, e.Len))
+	}
+	args := append([]string{"-c", script, out, strings.Join(where, " ")}, paths...)
+	if b, err := exec.Command("/usr/bin/python3", args...).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, b)
 	}
 }
@@ -283,7 +297,7 @@ func TestReadsDifferencingVHDs(t *testing.T) {
 				return
 			}
 			out := filepath.Join(dir, "libvhdi")
-			libvhdi(t, out, filepath.Join(dir, "top.avhd"), filepath.Join(dir, top.name), filepath.Join(dir, "base.vhd"))
+			libvhdi(t, out, nil, filepath.Join(dir, "top.avhd"), filepath.Join(dir, top.name), filepath.Join(dir, "base.vhd"))
 			if i := mismatch(readFile(t, out), want); i >= 0 {
 				t.Errorf("libvhdi reads byte %d otherwise", i)
 			}
@@ -408,7 +422,7 @@ func TestProbe(t *testing.T) {
 		"i.img":    []byte("conectix"),
 	})
 	for name, want := range map[string]error{
-		"a.vhd": nil, "a.img": ErrUnsupported, "b.img": nil, "c.img": ErrUnsupported, "d-s.vmdk": ErrUnsupported,
+		"a.vhd": nil, "a.img": ErrUnsupported, "b.img": nil, "c.img": ErrCorrupt, "d-s.vmdk": ErrUnsupported,
 		"e.img": ErrUnsupported, "f.img": ErrUnsupported, "g.img": ErrCorrupt, "h.img": nil, "i.img": ErrCorrupt,
 	} {
 		img, err := OpenChain(filepath.Join(dir, name), Policy{})
@@ -426,8 +440,11 @@ func TestProbe(t *testing.T) {
 	for _, format := range []string{"vhd", "vpc"} {
 		openChain(t, filepath.Join(dir, "a.img"), Policy{Format: format})
 	}
-	if _, err := OpenChain(filepath.Join(dir, "a.vhd"), Policy{Format: "vhdx"}); !errors.Is(err, ErrUnsupported) {
+	if _, err := OpenChain(filepath.Join(dir, "a.vhd"), Policy{Format: "vhdx"}); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("vhdx: %v", err)
+	}
+	if _, err := OpenChain(filepath.Join(dir, "a.vhd"), Policy{Format: "vdi"}); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("vdi: %v", err)
 	}
 }
 

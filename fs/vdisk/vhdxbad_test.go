@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -198,6 +200,42 @@ func TestVHDXParents(t *testing.T) {
 	}
 	if _, err := parseLocator(append(make([]byte, 20), 1)); !errors.Is(err, ErrUnsupported) {
 		t.Error(err)
+	}
+}
+
+// Where OpenChain looks for a parent.
+func TestVHDXParentNames(t *testing.T) {
+	parent := newMaker(mib, 512, mib)
+	parent.fill(0, 6, noise(1, mib))
+	const missing, there = `missing.vhdx`, `base.vhdx`
+	for _, c := range []struct {
+		locator [][2]string
+		err     error
+	}{
+		{[][2]string{{"relative_path", `.\` + there}}, nil},
+		{[][2]string{{"relative_path", there}, {"absolute_win32_path", `\\?\d:\x\` + missing}}, nil},
+		{[][2]string{{"absolute_win32_path", `\\?\d:\x\` + there}}, nil},
+		{[][2]string{{"absolute_win32_path", `d:` + there}}, nil},
+		{[][2]string{{"relative_path", `.\` + missing}, {"volume_path", `\\?\Volume{1}\` + missing}, {"absolute_win32_path", `\\?\d:\` + there}}, nil},
+		{[][2]string{{"relative_path", `.\` + missing}}, os.ErrNotExist},
+		{[][2]string{{"absolute_win32_path", `\\?\d:\` + missing}}, os.ErrNotExist},
+		{[][2]string{{"relative_path", `..\` + there}, {"absolute_win32_path", `\\?\d:\` + there}}, ErrRefused},
+		{[][2]string{{"relative_path", `.\child.vhdx`}}, ErrCorrupt}, // itself
+		{[][2]string{{"absolute_win32_path", `d:\`}}, ErrCorrupt},
+		{nil, ErrCorrupt},
+	} {
+		child := newMaker(mib, 512, mib)
+		child.locator = append(c.locator, [2]string{"parent_linkage", "{" + madeWriteID + "}"})
+		dir := t.TempDir()
+		writeFiles(t, dir, map[string][]byte{"child.vhdx": child.bytes(), there: parent.bytes()})
+		img, err := OpenChain(filepath.Join(dir, "child.vhdx"), Policy{})
+		if !errors.Is(err, c.err) || (err == nil) != (c.err == nil) {
+			t.Errorf("%v: got %v, want %v", c.locator, err, c.err)
+		}
+		if err == nil {
+			checkImage(t, img, memSource(noise(1, mib)))
+			img.Close()
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package vdisk
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"strings"
 	"unicode/utf16"
 )
@@ -27,6 +28,16 @@ type ParentLocator struct {
 
 // Relative is RelativePath as a path of this system, with slashes.
 func (l ParentLocator) Relative() string { return strings.ReplaceAll(l.RelativePath, `\`, "/") }
+
+// names are where the parent may be: the relative path, and beside the image
+// what paths of the Windows host end in.
+func (l ParentLocator) names() []string {
+	all := []string{l.Relative()}
+	for _, path := range []string{l.VolumePath, l.AbsoluteWin32Path} {
+		all = append(all, path[strings.LastIndexAny(path, `/\:`)+1:])
+	}
+	return slices.DeleteFunc(all, func(name string) bool { return name == "" })
+}
 
 // parseLocator, MS-VHDX §2.6.2.6: GUID of the type, u16 reserved, u16 count;
 // then per entry u32 key offset, u32 value offset (both from the beginning of

@@ -1,6 +1,8 @@
 package whole
 
 import (
+	"bytes"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
@@ -72,6 +74,23 @@ var badSources = []struct {
 		}
 		return backed(t, dir, "bad.qcow2", "fifo", "raw")
 	}},
+	{"VHDX of only a magic", "both headers are damaged", func(t *testing.T, dir string) string {
+		return write(t, dir+"/bad.vhdx", "vhdxfile")
+	}},
+	{"VHDX without its parent", "no such file", func(t *testing.T, dir string) string {
+		return newChild(t, dir+"/bad.vhdx", "relative_path", `.\lost.vhdx`)
+	}},
+	{"VHDX over a name outside", "outside.vhdx\": leaves the directory", func(t *testing.T, dir string) string {
+		tool(t, "qemu-img", "create", "-q", "-f", "vhdx", dir+"/outside.vhdx", "4M")
+		return newChild(t, mkdir(t, dir+"/in")+"/bad.vhdx", "relative_path", `..\outside.vhdx`)
+	}},
+	{"VHDX over another disk than it was", "another disk", func(t *testing.T, dir string) string {
+		tool(t, "qemu-img", "create", "-q", "-f", "vhdx", dir+"/base.vhdx", "4M")
+		return newChild(t, dir+"/bad.vhdx", "relative_path", `.\base.vhdx`)
+	}},
+	{"VHDX over a lost place on Windows", "no such file", func(t *testing.T, dir string) string {
+		return newChild(t, dir+"/bad.vhdx", "absolute_win32_path", `\\?\d:\base.vhdx`)
+	}},
 	{"qcow2 encrypted", "encrypt", func(t *testing.T, dir string) string {
 		needs(t, "qemu-img")
 		var out []byte
@@ -107,6 +126,52 @@ func backed(t *testing.T, dir, name, backing, format string) string {
 	needs(t, "qemu-img")
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", format, dir+"/"+name, "1M")
 	return dir + "/" + name
+}
+
+// newChild has QEMU make a VHDX and makes it a differencing one, which QEMU has
+// not, by the metadata of MS-VHDX §2.6: it has a parent, and where.
+func newChild(t *testing.T, file, key, value string) string {
+	t.Helper()
+	needs(t, "qemu-img")
+	tool(t, "qemu-img", "create", "-q", "-f", "vhdx", file, "4M")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	le := binary.LittleEndian
+	const regionTable, itemOff = 192 << 10, 512 << 10
+	at := bytes.Index(b[regionTable:], []byte("\x06\xa2\x7c\x8b\x90\x47\x9a\x4b\xb8\xfe\x57\x5f\x05\x0f\x88\x6e"))
+	meta := b[le.Uint64(b[regionTable+at+16:]):]
+	at = bytes.Index(meta[:64<<10], []byte("\x37\x67\xa1\xca\x36\xfa\x43\x4d\xb3\xb6\x33\xf0\xaa\x44\xe7\x6b"))
+	meta[le.Uint32(meta[at+16:])+4] |= 2 // file parameters: HasParent
+
+	locator := []byte("\xb7\xef\x4a\xb0\x9e\xd1\x81\x4a\xb7\x89\x25\xb8\xe9\x44\x59\x13\x00\x00\x02\x00")
+	var texts []byte
+	for _, pair := range [][2]string{{"parent_linkage", "{01234567-89ab-cdef-0123-456789abcdef}"}, {key, value}} {
+		var off, size [2]int
+		for i, s := range pair {
+			off[i], size[i] = 20+2*12+len(texts), 2*len(s)
+			for _, c := range []byte(s) {
+				texts = append(texts, c, 0)
+			}
+		}
+		for i := range pair {
+			locator = le.AppendUint32(locator, uint32(off[i]))
+		}
+		for i := range pair {
+			locator = le.AppendUint16(locator, uint16(size[i]))
+		}
+	}
+	locator = append(locator, texts...)
+	copy(meta[itemOff:], locator)
+	n := le.Uint16(meta[10:])
+	le.PutUint16(meta[10:], n+1)
+	entry := meta[32+32*int(n):]
+	copy(entry, "\x2d\x5f\xd3\xa8\x0b\xb3\x4d\x45\xab\xf7\xd3\xd8\x48\x34\xab\x0c")
+	le.PutUint32(entry[16:], itemOff)
+	le.PutUint32(entry[20:], uint32(len(locator)))
+	le.PutUint32(entry[24:], 4) // required
+	return write(t, file, string(b))
 }
 
 func mkdir(t *testing.T, dir string) string {

@@ -56,6 +56,12 @@ var sources = []struct {
 	{"VHD, fixed", nil, func(t *testing.T, dir string) disk {
 		return newConverted(t, dir+"/d.vhd", "vpc", "subformat=fixed,force_size=on")
 	}},
+	{"VHDX", nil, func(t *testing.T, dir string) disk {
+		return newConverted(t, dir+"/d.vhdx", "vhdx", "subformat=dynamic")
+	}},
+	{"VHDX, fixed", nil, func(t *testing.T, dir string) disk {
+		return newConverted(t, dir+"/d.vhdx", "vhdx", "subformat=fixed,block_size=1M")
+	}},
 	{"qcow2 version 2", nil, func(t *testing.T, dir string) disk { return newCompressed(t, dir+"/d.qcow2", "compat=0.10") }},
 }
 
