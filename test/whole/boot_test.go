@@ -327,7 +327,7 @@ func TestVerifyBoot(t *testing.T) {
 		}
 	}
 	proof := func(p point) (res struct {
-		OK        bool   `json:"ok"`
+		OK        bool `json:"ok"`
 		Sign, Why string
 	}) {
 		t.Helper()
