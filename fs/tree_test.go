@@ -148,7 +148,7 @@ func TestTree(t *testing.T) {
 	if got := names(t, tree, "web/2026-11-20T063000Z"); got != "point.json config disk0.raw disk0.qcow2 disk0.vmdk disk0-flat.vmdk disk0.vhdx" {
 		t.Errorf("point: %q", got)
 	}
-	if got := names(t, tree, "web/latest"); got != "point.json config disk0.raw" {
+	if got := names(t, tree, "web/latest"); got != "point.json config disk0.raw disk0.qcow2" {
 		t.Errorf("latest, with an empty disk: %q", got)
 	}
 	if got := names(t, tree, "db 1/2026-11/config/sub"); got != "vm.vmx" {

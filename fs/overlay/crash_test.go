@@ -17,7 +17,8 @@ var errCut = errors.New("power is gone")
 
 // power is what several lossyFiles hang on.
 type power struct {
-	slow func() // called by each sync before it does anything; nil for none
+	slow  func() // called by each sync before it does anything; nil for none
+	whole int64  // bytes that the disk writes whole or not at all; 0: a sector
 
 	mu   sync.Mutex // guards following, and the files
 	left int        // calls until it goes; negative: stays
@@ -47,8 +48,9 @@ type lossyFile struct {
 
 // lossyOp writes data at off, or, without data, sets the size.
 type lossyOp struct {
-	off  int64
-	data []byte
+	off   int64
+	data  []byte
+	whole int64 // bytes of it that are written together
 }
 
 func (f *lossyFile) ReadAt(p []byte, off int64) (int, error) {
@@ -61,11 +63,11 @@ func (f *lossyFile) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (f *lossyFile) WriteAt(p []byte, off int64) (int, error) {
-	return len(p), f.do(lossyOp{off, p})
+	return len(p), f.do(lossyOp{off: off, data: p})
 }
 
-func (f *lossyFile) Punch(off, n int64) error { return f.do(lossyOp{off, make([]byte, n)}) }
-func (f *lossyFile) Clear(off, n int64) error { return f.do(lossyOp{off, make([]byte, n)}) }
+func (f *lossyFile) Punch(off, n int64) error { return f.do(lossyOp{off: off, data: make([]byte, n)}) }
+func (f *lossyFile) Clear(off, n int64) error { return f.do(lossyOp{off: off, data: make([]byte, n)}) }
 func (f *lossyFile) Truncate(n int64) error   { return f.do(lossyOp{off: n}) }
 func (f *lossyFile) Close() error             { return nil }
 
@@ -79,9 +81,10 @@ func (f *lossyFile) do(op lossyOp) error {
 		return err
 	}
 	f.now = op.apply(f.now, nil)
-	if op.data != nil { // what goes to the disk are whole sectors
-		from, to := op.off/unit*unit, min((op.off+int64(len(op.data))+unit-1)/unit*unit, int64(len(f.now)))
-		op = lossyOp{from, bytes.Clone(f.now[from:to])}
+	if op.data != nil { // what goes to the disk is whole
+		w := max(unit, f.power.whole)
+		from, to := op.off/w*w, min((op.off+int64(len(op.data))+w-1)/w*w, int64(len(f.now)))
+		op = lossyOp{from, bytes.Clone(f.now[from:to]), w}
 	}
 	f.ops = append(f.ops, op) // the last one may have reached the disk in part
 	return err
@@ -118,7 +121,10 @@ func (op lossyOp) apply(b []byte, rnd *rand.Rand) []byte {
 		b = append(b, make([]byte, grow)...)
 	}
 	for at := op.off; at < op.off+int64(len(op.data)); {
-		n := min(op.off+int64(len(op.data))-at, unit-at%unit)
+		n := op.off + int64(len(op.data)) - at
+		if rnd != nil {
+			n = min(n, op.whole-at%op.whole)
+		}
 		if rnd == nil || rnd.IntN(2) == 0 {
 			copy(b[at:at+n], op.data[at-op.off:])
 		}

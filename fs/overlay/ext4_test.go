@@ -156,8 +156,10 @@ type crash struct {
 func ext4Run(t *testing.T, seed uint64, image *ext4Image, cuts int, sum *ext4Count) {
 	t.Helper()
 	r := rand.New(rand.NewPCG(seed, 6))
-	// Syncs take their time, so that the power goes in the middle of flushes, too.
-	f := lossyFiles(&power{left: -1, slow: func() { time.Sleep(rand.N(2 * time.Millisecond)) }})
+	// Syncs take their time, so that the power goes in the middle of flushes, too. The disk writes 4 KiB whole, as all do
+	// that have sectors of that size inside: of a last commit block that is written in half e2fsck says that its
+	// transaction is corrupt and repairs the file system, though nothing is lost (seen once in 320 with 512 bytes).
+	f := lossyFiles(&power{left: -1, whole: Block, slow: func() { time.Sleep(rand.N(2 * time.Millisecond)) }})
 	d, err := create(f, image, head{seq: 1, size: ext4Size, limit: ext4Size})
 	if err != nil {
 		t.Fatal(err)
