@@ -88,7 +88,8 @@ func TestReadAhead(t *testing.T) {
 			t.Errorf("sequential reads: %v in %v", e, got)
 		}
 	}
-	if total := extent.Total(got); total < size/2 || len(got) > 40 {
+	// How much depends on how fast the machine is: what comes while a call is at work is left out.
+	if total := extent.Total(got); total < size/8 || len(got) > 40 {
 		t.Errorf("sequential reads: %d bytes in %d calls", total, len(got))
 	}
 }
