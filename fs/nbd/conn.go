@@ -172,10 +172,15 @@ const (
 	quickRun  = 256
 )
 
+// mayBeQuick leaves out what waits for a disk: nobody reads the next request meanwhile.
+func (r *request) mayBeQuick() bool {
+	return (r.cmd == cmdRead || r.cmd == cmdWrite) && r.flags&flagFUA == 0 && r.n <= quickData
+}
+
 // pace notes how long r took.
 func (c *conn) pace(r *request, d time.Duration) {
 	switch {
-	case r.n > quickData:
+	case !r.mayBeQuick():
 	case d > quickTime:
 		c.quick.Store(0)
 	case c.quick.Load() < quickRun:
@@ -197,7 +202,7 @@ func (c *conn) next() *request {
 			c.end(err)
 			return nil
 		}
-		if r.n > quickData || c.quick.Load() < quickRun {
+		if !r.mayBeQuick() || c.quick.Load() < quickRun {
 			c.handOver()
 			return r
 		}
