@@ -146,6 +146,17 @@ func lossyFiles(p *power) files {
 	return files{data: &lossyFile{power: p}, blocks: &lossyFile{power: p}, head: &lossyFile{power: p}, live: &lossyFile{power: p}, boot: "first"}
 }
 
+// lossyDisk makes an overlay on such files.
+func lossyDisk(t *testing.T, p *power, image Image) (files, *Disk) {
+	t.Helper()
+	f := lossyFiles(p)
+	d, err := create(f, image, head{seq: 1, size: image.Size(), limit: image.Size()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f, d
+}
+
 // cut is what the disk holds if the power goes now, or went before. The files may be in use.
 func (f files) cut(p *power) files {
 	now := f.data.(*lossyFile).power
@@ -164,11 +175,8 @@ func TestPowerCut(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 3))
 		image := someImage(r, size)
 		p := &power{left: -1, rnd: r}
-		f := lossyFiles(p)
-		d, err := create(f, image, head{seq: 1, size: size, limit: size})
-		if err != nil {
-			t.Fatal(err)
-		}
+		f, d := lossyDisk(t, p, image)
+		var err error
 		may := overlaytest.New(image.b) // what each sector may hold
 		for range 1 + r.IntN(4) {
 			p.left = 1 + r.IntN(60)
@@ -236,11 +244,8 @@ func TestPowerCutParallel(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 4))
 		image := someImage(r, size)
 		p := &power{left: -1, rnd: r}
-		f := lossyFiles(p)
-		d, err := create(f, image, head{seq: 1, size: size, limit: size})
-		if err != nil {
-			t.Fatal(err)
-		}
+		f, d := lossyDisk(t, p, image)
+		var err error
 		p.left = 20 + r.IntN(300)
 		var all [writers]*overlaytest.Sectors
 		var wg sync.WaitGroup
@@ -293,11 +298,8 @@ func TestPowerCutResize(t *testing.T) {
 		size := 1 + r.Int64N(20*Block)
 		image := someImage(r, size)
 		p := &power{left: -1, rnd: r}
-		f := lossyFiles(p)
-		d, err := create(f, image, head{seq: 1, size: size, limit: size})
-		if err != nil {
-			t.Fatal(err)
-		}
+		f, d := lossyDisk(t, p, image)
+		var err error
 		want := bytes.Clone(image.b)
 		for at := int64(0); at < size; at += 3 * Block {
 			fillRandom(r, want[at:at+1])
@@ -347,11 +349,8 @@ func TestKilled(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 6))
 		image := someImage(r, size)
 		p := &power{left: -1, rnd: r}
-		f := lossyFiles(p)
-		d, err := create(f, image, head{seq: 1, size: size, limit: size})
-		if err != nil {
-			t.Fatal(err)
-		}
+		f, d := lossyDisk(t, p, image)
+		var err error
 		now := bytes.Clone(image.b)
 		may := overlaytest.New(now)
 		for range 1 + r.IntN(4) {

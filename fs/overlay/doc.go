@@ -63,8 +63,9 @@
 // from data before it is there. What was answered is there after the death of the process. What was not flushed may be
 // there or not after a power cut, block by block, as on any disk. A write to a block that is in data already goes in place, as on any disk, too.
 //
-// No lock is held across I/O, with one exception: the first write to a block excludes other first
-// writes to the same block. All methods are safe for concurrent use. A block is read from the image, or it is an error;
+// No lock is held across I/O that moves data, but that the first write to a block excludes other first
+// writes to the same block. First writes take turns at a write of at most 504 bytes to live, which is not synced; Resize and
+// Close wait for what is at work. All methods are safe for concurrent use. A block is read from the image, or it is an error;
 // damage never becomes zeros.
 //
 // Memory: 512 bytes for each 15.75 MiB of the disk that has blocks in data, and 8 for each

@@ -112,14 +112,3 @@ func (d *Disk) imageIn(e extent.Extent, granularity int64, yield func(extent.Ext
 	}
 	return true
 }
-
-// Stored is the bytes that the overlay takes up, at most: those of the blocks in data.
-func (d *Disk) Stored() (n int64) {
-	d.runs(0, func(e extent.Extent, here bool) bool {
-		if here {
-			n += e.Len
-		}
-		return true
-	})
-	return n
-}
