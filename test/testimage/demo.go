@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/test/command"
 )
@@ -213,13 +214,27 @@ func debianTarball(ctx context.Context, cache string, packages ...string) (strin
 	if err := os.MkdirAll(cache, 0o700); err != nil {
 		return "", err
 	}
+	// A mirror may stop to answer in the middle, which debootstrap waits for without end.
+	for try := 0; ; try++ {
+		if err = tryTarball(ctx, m, cache, tarball, packages); err == nil || try == 2 || ctx.Err() != nil {
+			return tarball, err
+		}
+	}
+}
+
+// mirrorLimit is how long debootstrap may take; it takes a minute or two.
+const mirrorLimit = 8 * time.Minute
+
+func tryTarball(ctx context.Context, m mirror, cache, tarball string, packages []string) error {
+	ctx, cancel := context.WithTimeout(ctx, mirrorLimit)
+	defer cancel()
 	work, err := os.MkdirTemp(cache, "debootstrap-")
 	if err != nil {
-		return "", err
+		return err
 	}
 	err = makeTarball(ctx, m, work, tarball, packages)
 	// debootstrap mounts /proc in its tree, and when stopped leaves it there.
-	return tarball, errors.Join(err, Clean(work))
+	return errors.Join(err, Clean(work))
 }
 
 func makeTarball(ctx context.Context, m mirror, work, tarball string, packages []string) error {
