@@ -19,6 +19,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/boot"
 	"github.com/holdfast-backup/holdfast/fs/boot/qemu"
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
 )
 
 const bootHelp = `boot POINT --on qemu   run the VM of a restore point, within seconds; what it writes goes to an overlay, the
@@ -97,7 +98,7 @@ func checkBoot(c *call) error {
 	takes := bootTakes(action)
 	for _, f := range bootFlags() {
 		name := f.Names()[0]
-		if c.IsSet(name) && !slices.Contains(takes, name) && os.Getenv("HOLDFAST_"+strings.ToUpper(name)) == "" {
+		if c.IsSet(name) && !slices.Contains(takes, name) {
 			return usagef("%s takes no --%s", strings.TrimSpace(what), name)
 		}
 	}
@@ -272,7 +273,13 @@ func (c *call) serveBoot(ctx context.Context, s *boot.Session, host boot.Host, s
 			}
 			say(st.ID, nil)
 		},
-		Log: func(err error) { c.progress.warn("%s: %v", s.Name, err) },
+		Log: func(err error) {
+			if errors.Is(err, bucket.ErrReadOnly) { // what is read ahead the next time is a hint only
+				c.progress.detail("%s: %v", s.Name, err)
+				return
+			}
+			c.progress.warn("%s: %v", s.Name, err)
+		},
 		Commit: func(ctx context.Context, s *boot.Session, tags []string) (any, error) {
 			return c.commitSession(ctx, s, tags)
 		},

@@ -63,7 +63,7 @@ func (c *call) machineOf(ctx context.Context, r *store.Repo, id store.PointID, h
 	}
 	if m.Firmware == boot.UEFI && nvram == nil {
 		if nvram, err = host.NVRAM(); err != nil {
-			return opt, withHint(err, "on Debian: apt-get install ovmf")
+			return opt, err
 		}
 	}
 	bus := func(d *store.Disk) boot.Bus {

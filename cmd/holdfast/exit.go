@@ -12,6 +12,9 @@ import (
 	"syscall"
 
 	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/fs/boot"
+	"github.com/holdfast-backup/holdfast/fs/boot/qemu"
+	"github.com/holdfast-backup/holdfast/fs/overlay"
 	"github.com/holdfast-backup/holdfast/fs/vdisk"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/bucket"
@@ -62,6 +65,9 @@ func failures() []failure {
 		{isAny(agent.ErrOtherServer), exitAccess, "the token is of another repository, or somebody else answers at this address; it was not sent"},
 		{isAny(store.ErrToken, agent.ErrVM), exitAccess, "at the repository 'holdfast agent-token list' shows what tokens there are and which VMs they are for"},
 		{isAny(store.ErrNoRepository), exitNoRepository, "'holdfast init DIR' makes a repository"},
+		{isAny(boot.ErrServed, overlay.ErrBusy), exitLocked, "end the process that serves it, or use the boot through that: 'holdfast boot ls'"},
+		{isAny(qemu.ErrNotInstalled), exitFailed, "on Debian: apt-get install qemu-system-x86 ovmf"},
+		{isAny(boot.ErrNoBoot), exitFailed, "'holdfast boot ls' shows the names"},
 		{isAny(store.ErrLocked), exitLocked, "end the process that holds it, or wait for it"},
 		{isAny(store.ErrNewerFormat), exitFailed, "use a newer holdfast"},
 		{isAny(store.ErrDamaged), exitDamage, "'holdfast verify --read-data' lists all damage"},

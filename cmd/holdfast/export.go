@@ -124,11 +124,12 @@ func (c *call) exportsOf(r *store.Repo, p *store.Point) (list []nbd.Export, clos
 		}
 		defer func() { closers = append(closers, func() error { return os.RemoveAll(dir) }) }()
 	}
-	for i := range p.Disks {
-		d := &p.Disks[i]
-		if want := c.String("disk"); want != "" && want != d.Name {
-			continue
-		}
+	disks, err := c.chosenDisks(p)
+	if err != nil {
+		return nil, closeAll, err
+	}
+	for i := range disks {
+		d := &disks[i]
 		img, err := r.OpenDisk(p, d.Name)
 		if err != nil {
 			return nil, closeAll, err
@@ -143,9 +144,6 @@ func (c *call) exportsOf(r *store.Repo, p *store.Point) (list []nbd.Export, clos
 			e.Disk, e.Writable = o, true
 		}
 		list = append(list, e)
-	}
-	if len(list) == 0 {
-		return nil, closeAll, withHint(fmt.Errorf("%s has no disk %q: %w", p.Path(), c.String("disk"), store.ErrNotExist), "'holdfast show %s' lists its disks", p.Path())
 	}
 	return list, closeAll, nil
 }

@@ -43,17 +43,9 @@ func runRestore(ctx context.Context, c *call) error {
 			return err
 		}
 		defer release()
-		disks := p.Disks
-		if want := c.String("disk"); want != "" {
-			disks = nil
-			for _, d := range p.Disks {
-				if d.Name == want {
-					disks = append(disks, d)
-				}
-			}
-			if len(disks) == 0 {
-				return withHint(fmt.Errorf("%s has no disk %q: %w", p.Path(), want, store.ErrNotExist), "'holdfast show %s' lists its disks", p.Path())
-			}
+		disks, err := c.chosenDisks(p)
+		if err != nil {
+			return err
 		}
 		res := restoreResult{Type: "restore", ID: p.ID, VM: p.VM.Name, Name: p.Name}
 		if onto := c.String("onto"); onto != "" {
@@ -74,6 +66,20 @@ func runRestore(ctx context.Context, c *call) error {
 		}
 		return c.out.object(res)
 	})
+}
+
+// chosenDisks are the disks of a point that --disk names, or all.
+func (c *call) chosenDisks(p *store.Point) ([]store.Disk, error) {
+	want := c.String("disk")
+	if want == "" {
+		return p.Disks, nil
+	}
+	for i := range p.Disks {
+		if p.Disks[i].Name == want {
+			return p.Disks[i : i+1], nil
+		}
+	}
+	return nil, withHint(fmt.Errorf("%s has no disk %q: %w", p.Path(), want, store.ErrNotExist), "'holdfast show %s' lists its disks", p.Path())
 }
 
 // restoreTo writes each disk to a new file. All of them are checked to be new

@@ -178,6 +178,8 @@ func (d *bootable) life(t *testing.T, firmware string) {
 		t.Errorf("it has a network: %q", nics)
 	}
 	line.do(t, "echo first > /root/first && sync")
+	d.wants(t, 11, "served by another process", "boot", "resume", b.ID, "--boots", d.boots)
+	d.wants(t, 1, "no such boot", "boot", "stop", "nobody", "--boots", d.boots)
 
 	// While nobody serves its disks the guest waits, and then goes on.
 	if err := syscall.Kill(b.served(t), syscall.SIGKILL); err != nil {

@@ -99,10 +99,14 @@ func (g *guest) Migrate(ctx context.Context, disk, file string, progress func(do
 	if err == nil {
 		err = g.follow(ctx, events, job, progress)
 	}
-	if err != nil && !errors.Is(err, boot.ErrGone) {
-		clean := context.WithoutCancel(ctx)
+	clean := context.WithoutCancel(ctx)
+	switch {
+	case err == nil: // the VM lets go of where the disk was
+		g.monitor.do(clean, "blockdev-del", object{"node-name": disk}, nil)
+	case !errors.Is(err, boot.ErrGone): // the VM stays where it was
 		g.monitor.do(clean, "job-cancel", object{"id": job}, nil)
 		g.monitor.do(clean, "blockdev-del", object{"node-name": target}, nil)
+		err = errors.Join(err, os.Remove(file))
 	}
 	return err
 }
