@@ -58,16 +58,7 @@ func (c *chunkCache) get(k frameKey, load func(dst []byte) error) (*cachedChunk,
 	s := c.shard(k)
 	s.mu.Lock()
 	if e := s.entries[k]; e != nil {
-		s.lru.MoveToFront(e.elem)
-		e.refs++
-		s.mu.Unlock()
-		<-e.ready
-		if e.err != nil {
-			err := e.err
-			c.release(e)
-			return nil, err
-		}
-		return e, nil
+		return c.wait(s, e)
 	}
 	e := &cachedChunk{key: k, ready: make(chan struct{}), data: c.free.Get().(*[]byte), refs: 2}
 	s.entries[k] = e
@@ -89,6 +80,33 @@ func (c *chunkCache) get(k frameKey, load func(dst []byte) error) (*cachedChunk,
 	err := e.err
 	c.release(e)
 	return nil, err
+}
+
+// peek gives a frame, which the caller releases, if somebody has loaded or is loading it; nil otherwise.
+func (c *chunkCache) peek(k frameKey) *cachedChunk {
+	s := c.shard(k)
+	s.mu.Lock()
+	e := s.entries[k]
+	if e == nil {
+		s.mu.Unlock()
+		return nil
+	}
+	e, _ = c.wait(s, e)
+	return e
+}
+
+// wait gives a frame of s when it is there. The caller holds s.mu, which it gives up.
+func (c *chunkCache) wait(s *chunkShard, e *cachedChunk) (*cachedChunk, error) {
+	s.lru.MoveToFront(e.elem)
+	e.refs++
+	s.mu.Unlock()
+	<-e.ready
+	if e.err != nil {
+		err := e.err
+		c.release(e)
+		return nil, err
+	}
+	return e, nil
 }
 
 // fill puts a frame that somebody has decoded into the cache, unless it is there.

@@ -14,7 +14,7 @@ type Cache struct{ frames *chunkCache }
 func NewCache(bytes int64) *Cache { return &Cache{newChunkCache(bytes)} }
 
 // streamLen is from how many bytes on a read is taken for one of a stream, which does not come back: it
-// uses what is in a Cache, and puts nothing there.
+// uses what is in a Cache, such as what was prefetched for it, and puts nothing there.
 const streamLen = 1 << 20
 
 // CachedImage is an image whose reads go through a Cache: that of one reader, which the reads of others
@@ -22,27 +22,39 @@ const streamLen = 1 << 20
 type CachedImage struct {
 	*Image
 	through Image // with the cache
+	stream  Image // looks into the cache, and puts no whole chunks there
+	ahead   Image // for prefetching
 }
 
 var _ io.ReaderAt = (*CachedImage)(nil)
 
 // Cached gives the same image through c.
 func (m *Image) Cached(c *Cache) *CachedImage {
-	i := &CachedImage{Image: m, through: *m}
-	i.through.cache, i.through.all = c.frames, true
+	i := &CachedImage{Image: m, through: *m, stream: *m}
+	i.through.cache, i.through.fill = c.frames, fillAll
+	i.stream.cache, i.stream.fill = c.frames, fillPeek
+	i.ahead = i.through
 	return i
 }
 
 // ReadAt reads as that of Image does.
 func (m *CachedImage) ReadAt(p []byte, off int64) (int, error) {
 	if len(p) >= streamLen {
-		return m.Image.ReadAt(p, off)
+		return m.stream.ReadAt(p, off)
 	}
 	return m.through.ReadAt(p, off)
 }
 
 // prefetchAtOnce is how many chunks are fetched at a time: a store that answers late is asked for many.
 const prefetchAtOnce = 8
+
+// Ahead gives the same image with only what is prefetched, and parts of chunks, kept in c: for readers that read
+// anything, each byte about once.
+func (m *Image) Ahead(c *Cache) *CachedImage {
+	i := m.Cached(c)
+	i.through = i.stream
+	return i
+}
 
 // Prefetch brings a range into the cache. It returns when that is there; what cannot be read is left to
 // whoever reads it.
@@ -69,6 +81,6 @@ func (m *CachedImage) PrefetchChunk(ctx context.Context, i int64) {
 		step = cs // one frame brings the others
 	}
 	for at := i * cs; at < min((i+1)*cs, m.Size()); at += step {
-		m.through.ReadContext(ctx, b[:], at)
+		m.ahead.ReadContext(ctx, b[:], at)
 	}
 }

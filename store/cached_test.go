@@ -2,8 +2,11 @@ package store_test
 
 import (
 	"bytes"
+	"io"
 	"math/rand/v2"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,8 +17,13 @@ import (
 // storedImage stores data in a repository in memory.
 func storedImage(t *testing.T, chunk int, data []byte) *store.Image {
 	t.Helper()
+	return storedImageIn(t, bucket.NewMemory(), chunk, data)
+}
+
+// storedImageIn stores data in a repository in b.
+func storedImageIn(t *testing.T, b bucket.Bucket, chunk int, data []byte) *store.Image {
+	t.Helper()
 	ctx := t.Context()
-	b := bucket.NewMemory()
 	if err := store.Init(ctx, b, store.InitOptions{ChunkSize: chunk, Passphrase: []byte("secret")}, time.Now()); err != nil {
 		t.Fatal(err)
 	}
@@ -72,9 +80,13 @@ func TestCachedImage(t *testing.T) {
 				want[off+i] = byte(r.Uint32())
 			}
 		}
-		c := storedImage(t, chunk, want).Cached(store.NewCache(8 << 20))
+		img, cache := storedImage(t, chunk, want), store.NewCache(8<<20)
 		var wg sync.WaitGroup
-		for w := range 4 {
+		for w := range 6 {
+			c := img.Cached(cache)
+			if w%3 == 0 {
+				c = img.Ahead(cache)
+			}
 			wg.Go(func() {
 				r := rand.New(rand.NewPCG(uint64(chunk), uint64(10+w)))
 				for range 200 {
@@ -92,5 +104,39 @@ func TestCachedImage(t *testing.T) {
 			})
 		}
 		wg.Wait()
+	}
+}
+
+// TestPrefetched: what was prefetched is not read again, in reads of any size.
+func TestPrefetched(t *testing.T) {
+	const chunk = 128 << 10
+	want := make([]byte, 4<<20)
+	r := rand.New(rand.NewPCG(1, 1))
+	for i := range want {
+		want[i] = byte(r.Uint32())
+	}
+	var reads atomic.Int64
+	img := storedImageIn(t, bucket.NewFaulty(bucket.NewMemory(), func(c bucket.Call) bucket.Fault {
+		if c.Op == bucket.OpReadAt && strings.HasPrefix(c.Name, "packs/") {
+			reads.Add(1)
+		}
+		return bucket.Fault{}
+	}), chunk, want)
+	for _, n := range []int{4096, 65536, chunk, 1 << 20, 4 << 20} {
+		c := img.Ahead(store.NewCache(64 << 20))
+		c.Prefetch(0, int64(len(want)))
+		before := reads.Load()
+		if before == 0 {
+			t.Fatal("reads of packs are not counted")
+		}
+		for off := 0; off < len(want); off += n {
+			p := make([]byte, n)
+			if _, err := c.ReadAt(p, int64(off)); (err != nil && err != io.EOF) || !bytes.Equal(p, want[off:off+n]) {
+				t.Fatalf("%d bytes at %d: %v", n, off, err)
+			}
+		}
+		if again := reads.Load() - before; again > 0 {
+			t.Errorf("reads of %d bytes: packs were read %d times again", n, again)
+		}
 	}
 }

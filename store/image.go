@@ -24,11 +24,19 @@ type Image struct {
 	// point and disk name the image in errors.
 	point, disk string
 	checked     bool // see Checked
-	// cache is where decoded frames are kept: the repository's, where parts of frames alone go through
-	// it, or, where all is true, one of the reader's own for all that is read.
+	// cache is where decoded frames are kept: the repository's, or one of the reader's own.
 	cache *chunkCache
-	all   bool
+	fill  fill
 }
+
+// fill says what goes through an image's cache.
+type fill uint8
+
+const (
+	fillParts fill = iota // what is wanted in part; what is wanted whole is decoded where it is wanted
+	fillPeek              // so, too, but what is in the cache is taken from there
+	fillAll               // everything
+)
 
 var _ io.ReaderAt = (*Image)(nil)
 
@@ -226,7 +234,10 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		clear(p)
 		return nil
 	}
-	if len(p) == r.cfg.ChunkSize && !m.all {
+	if len(p) == r.cfg.ChunkSize && m.fill != fillAll {
+		if !m.checked && m.cached(id, 0, p) {
+			return nil
+		}
 		return r.retried(ctx, id, loc, func(loc Loc) error { return r.readWhole(ctx, id, loc, p, m.checked) })
 	}
 	if m.checked {
@@ -236,8 +247,12 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		return err
 	}
 	for len(p) > 0 {
-		if whole := int64(len(p)) &^ (frameLen - 1); from%frameLen == 0 && whole > 0 && !m.all {
+		if whole := int64(len(p)) &^ (frameLen - 1); from%frameLen == 0 && whole > 0 && m.fill != fillAll {
 			piece := p[:whole]
+			if m.cached(id, from, piece) {
+				p, from = p[whole:], from+whole
+				continue
+			}
 			if err := r.retried(ctx, id, loc, func(loc Loc) error { return r.readPart(ctx, id, loc, int(from), piece) }); err != nil {
 				return err
 			}
@@ -246,7 +261,7 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		}
 		n := from / frameLen
 		e, err := m.cache.get(frameKey{id, uint8(n)}, func(dst []byte) error {
-			if m.all && r.cfg.ChunkSize <= wholeUpTo {
+			if m.fill == fillAll && r.cfg.ChunkSize <= wholeUpTo {
 				return m.fetch(ctx, id, loc, n, dst)
 			}
 			return r.retried(ctx, id, loc, func(loc Loc) error { return r.readPart(ctx, id, loc, int(n*frameLen), dst) })
@@ -259,6 +274,23 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		p, from = p[k:], from+int64(k)
 	}
 	return nil
+}
+
+// cached copies whole frames from offset from on into p if all of them are in the cache, or on their way there, and the image
+// is one that looks.
+func (m *Image) cached(id ID, from int64, p []byte) bool {
+	if m.fill != fillPeek {
+		return false
+	}
+	for at := int64(0); at < int64(len(p)); at += frameLen {
+		e := m.cache.peek(frameKey{id, uint8((from + at) / frameLen)})
+		if e == nil {
+			return false
+		}
+		copy(p[at:], *e.data)
+		m.cache.release(e)
+	}
+	return true
 }
 
 // wholeUpTo is up to which size a chunk is read at once into a reader's own cache, though a part of it is

@@ -107,6 +107,9 @@ func runExport(ctx context.Context, c *call) error {
 	})
 }
 
+// exportCache is how much of what clients read, or will read next, is kept decoded, bytes.
+const exportCache = 256 << 20
+
 // exportsOf opens the disks. closeAll is never nil.
 func (c *call) exportsOf(r *store.Repo, p *store.Point) (list []nbd.Export, closeAll func() error, err error) {
 	var closers []func() error
@@ -128,12 +131,14 @@ func (c *call) exportsOf(r *store.Repo, p *store.Point) (list []nbd.Export, clos
 	if err != nil {
 		return nil, closeAll, err
 	}
+	cache := store.NewCache(exportCache)
 	for i := range disks {
 		d := &disks[i]
-		img, err := r.OpenDisk(p, d.Name)
+		whole, err := r.OpenDisk(p, d.Name)
 		if err != nil {
 			return nil, closeAll, err
 		}
+		img := whole.Ahead(cache)
 		e := nbd.Export{Name: d.Name, Description: p.Path() + " " + d.Name, Disk: img}
 		if c.Bool("writable") {
 			o, err := openOverlay(filepath.Join(dir, d.Name), img, overlay.Options{Base: p.ID.String() + "/" + d.Name})

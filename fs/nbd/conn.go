@@ -47,6 +47,7 @@ type conn struct {
 	br      *bufio.Reader // of nc
 	over    bool          // no more requests are read
 	started int           // workers
+	unread  func() bool   // whether bytes wait in the socket; nil when that cannot be known
 	ahead   readAhead
 
 	out sender
@@ -59,6 +60,7 @@ const sendBuffer = 1 << 20
 func newConn(s *Server, ln net.Listener, nc net.Conn) *conn {
 	c := &conn{srv: s, ln: ln, raw: nc, nc: nc, ended: make(chan struct{}), br: bufio.NewReaderSize(nc, 16<<10)}
 	c.data.free = s.Limits.ConnData
+	c.unread = unreadOf(nc)
 	if u, ok := nc.(*net.UnixConn); ok {
 		u.SetWriteBuffer(sendBuffer) // a larger one saves waits; without it all works the same
 	}
@@ -163,13 +165,16 @@ func (c *conn) answer(r *request) {
 	c.out.send(r)
 }
 
-// A request for at most quickData bytes that takes less than quickTime is a
-// quick one. After quickRun of them in a row, such requests are served before the next one
-// is read: to hand over the reading would take longer than to serve them.
+// A request for at most quickData bytes that is served in its time, quickTime and what quickRate needs for the data, is a
+// quick one. After quickRun of them in a row, such requests are served before the next one is read: to hand over the
+// reading would take longer than to serve them. One of more than quickSmall, which takes longer than that, is
+// handed over all the same when the next request is there already.
 const (
-	quickData = 16 << 10
-	quickTime = 50 * time.Microsecond
-	quickRun  = 256
+	quickData  = 256 << 10
+	quickSmall = 16 << 10
+	quickTime  = 50 * time.Microsecond
+	quickRate  = 500 // bytes in a microsecond
+	quickRun   = 256
 )
 
 // mayBeQuick leaves out what waits for a disk: nobody reads the next request meanwhile.
@@ -177,11 +182,21 @@ func (r *request) mayBeQuick() bool {
 	return (r.cmd == cmdRead || r.cmd == cmdWrite) && r.flags&flagFUA == 0 && r.n <= quickData
 }
 
+// isQuick reports whether d is in time for r.
+func (r *request) isQuick(d time.Duration) bool {
+	return d <= quickTime+time.Duration(r.n/quickRate)*time.Microsecond
+}
+
+// moreWaits reports whether the client has sent more than has been read.
+func (c *conn) moreWaits() bool {
+	return c.br.Buffered() > 0 || c.unread == nil || c.unread()
+}
+
 // pace notes how long r took.
 func (c *conn) pace(r *request, d time.Duration) {
 	switch {
 	case !r.mayBeQuick():
-	case d > quickTime:
+	case !r.isQuick(d):
 		c.quick.Store(0)
 	case c.quick.Load() < quickRun:
 		c.quick.Add(1)
@@ -202,7 +217,7 @@ func (c *conn) next() *request {
 			c.end(err)
 			return nil
 		}
-		if !r.mayBeQuick() || c.quick.Load() < quickRun {
+		if !r.mayBeQuick() || c.quick.Load() < quickRun || r.n > quickSmall && c.moreWaits() {
 			c.handOver()
 			return r
 		}

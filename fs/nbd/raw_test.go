@@ -338,6 +338,39 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// slowAt answers reads at an offset only when open is closed.
+type slowAt struct {
+	memory
+	at   int64
+	open chan struct{}
+}
+
+func (d *slowAt) ReadAt(p []byte, off int64) (int, error) {
+	if off == d.at {
+		<-d.open
+	}
+	return d.memory.ReadAt(p, off)
+}
+
+// TestHandOver: after many requests that were served at once, large ones among them, two large ones that come together are
+// served side by side.
+func TestHandOver(t *testing.T) {
+	const n = 128 << 10
+	d := &slowAt{memory: bytes.Repeat([]byte{1}, 2*mib), at: mib, open: make(chan struct{})}
+	a := rawDial(t, serve(t, &Server{Exports: exports(d, false)}), 3)
+	a.option(optGo, goBytes(""))
+	for i := range 2 * quickRun {
+		a.write(requestBytes(cmdRead, 0, uint64(i), 0, n))
+		a.read(simpleLen + n)
+	}
+	a.write(append(requestBytes(cmdRead, 0, 7, uint64(d.at), n), requestBytes(cmdRead, 0, 8, 0, n)...))
+	if head := a.read(simpleLen + n); be.Uint64(head[8:]) != 8 {
+		t.Errorf("the first reply is to request %d", be.Uint64(head[8:]))
+	}
+	close(d.open)
+	a.read(simpleLen + n)
+}
+
 // TestDataLimits has two clients ask for more data than is kept for them.
 func TestDataLimits(t *testing.T) {
 	d := &slowDisk{memory: bytes.Repeat([]byte{1}, 32*mib), open: make(chan struct{})}

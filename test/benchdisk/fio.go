@@ -38,7 +38,12 @@ func works() []work {
 			}
 		}
 	}
-	return append(all, work{"read", "1m", 1}, work{"read", "1m", 4})
+	for _, kind := range []string{"read", "write"} {
+		for _, jobs := range []int{1, 4, 16} {
+			all = append(all, work{kind, "1m", jobs})
+		}
+	}
+	return all
 }
 
 // target is a column: a way to the disk.
@@ -61,8 +66,8 @@ func (b *bench) fio(ctx context.Context) error {
 	targets := b.targets(pair.V1)
 	got := map[string][]float64{} // row and column => MB/s
 	for pass := range b.passes {
-		for _, t := range targets {
-			for _, w := range works() {
+		for _, w := range works() {
+			for _, t := range targets {
 				if w.writes() && !t.writable {
 					continue
 				}
