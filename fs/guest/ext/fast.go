@@ -61,3 +61,5 @@ func (c *fastCommits) lookup(dir uint32, want string) (uint32, bool) {
 	}
 	return 0, false
 }
+
+func (j *journal) replayFast(end uint32, room int64) error { return nil }
