@@ -77,7 +77,7 @@ func (f *FS) names(in *inode, from int64, bad error, fn func(n name, bad error) 
 		more = f.fast.removed(in.no, n) || fn(n, bad)
 		return more
 	}
-	if from < fastNames {
+	if from < fastNames && !f.fast.made(in.no) {
 		if in.inline() {
 			note(f.inlineNames(in, from, &more, visit))
 		} else {
@@ -229,7 +229,7 @@ func (f *FS) Lookup(dir guest.Ino, want string) (guest.Ino, error) {
 	if ino, ok := f.fast.lookup(in.no, want); ok {
 		return guest.Ino(ino), nil
 	}
-	if in.flags&flagIndex != 0 && !in.inline() {
+	if in.flags&flagIndex != 0 && !in.inline() && !f.fast.made(in.no) {
 		if n, ok := f.lookupIndex(&in, want); ok && !f.fast.removed(in.no, n) {
 			return guest.Ino(n.ino), nil
 		}
