@@ -1,0 +1,230 @@
+package ntfs
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/holdfast-backup/holdfast/fs/guest"
+)
+
+// inode is a file, parsed. It is shared and must not be changed.
+type inode struct {
+	number   int64
+	sequence uint16
+	links    uint16
+	dir      bool
+	std      standard
+	attrs    []attr
+	names    []nameRef // where names are that an attribute list has elsewhere
+}
+
+// standard is $STANDARD_INFORMATION (NTFS doc); times in 100 ns since 1601.
+type standard struct {
+	born, modified, changed, read int64
+	flags                         uint32
+	security                      uint32 // id in $Secure, or 0
+}
+
+type nameRef struct {
+	record int64
+	id     uint16
+}
+
+const (
+	maxList  = 256 << 10 // bytes of an attribute list, which is also what Windows allows
+	maxAttrs = 1 << 14   // of a file
+)
+
+// inode loads the file that a reference names; its sequence number is not looked at when it is 0.
+func (f *FS) inode(ino guest.Ino) (*inode, error) {
+	n, sequence := int64(ino&refMask), uint16(ino>>48)
+	i, ok := f.inodes.get(n)
+	if !ok {
+		var err error
+		if i, err = f.load(n); err != nil {
+			return nil, err
+		}
+		f.inodes.put(n, i, i.cost(f.geo.record))
+	}
+	if sequence != 0 && sequence != i.sequence {
+		return nil, guest.Damaged("record %d of the MFT has sequence number %d, and %d is asked for", n, i.sequence, sequence)
+	}
+	return i, nil
+}
+
+// cost is about the memory that an inode takes, bytes.
+func (i *inode) cost(record int64) int64 {
+	n := 256 + record + int64(len(i.names))*16
+	for _, a := range i.attrs {
+		n += 192 + int64(len(a.parts))*64
+		if i.number != 0 && len(a.parts) > 1 {
+			n += record
+		}
+	}
+	return n
+}
+
+func (f *FS) load(n int64) (*inode, error) {
+	r, err := f.record(n)
+	if err != nil {
+		return nil, err
+	}
+	if r.base() != 0 {
+		return nil, guest.ErrNotExist
+	}
+	r = slices.Clone(r) // a piece is not kept for one record of it
+	i := &inode{number: n, sequence: r.sequence(), links: le.Uint16(r[0x12:]), dir: le.Uint16(r[0x16:])&isDirectory != 0}
+	if err := i.parse(r); err != nil {
+		return nil, err
+	}
+	if list := i.find(attrList, ""); list != nil {
+		if err := f.loadList(i, list, r); err != nil {
+			return nil, err
+		}
+	}
+	return i, i.standard()
+}
+
+// parse takes all attributes of the base record.
+func (i *inode) parse(r record) error {
+	var bad error
+	err := r.attributes(func(h header) bool {
+		if h[8] != 0 && len(h) >= 0x18 && le.Uint64(h[0x10:]) != 0 {
+			return true // not the first part of what it belongs to: the list has it
+		}
+		var a attr
+		if a, bad = h.parse(i.number, i.number); bad == nil {
+			i.attrs = append(i.attrs, a)
+		}
+		return bad == nil
+	})
+	if err == nil {
+		err = bad
+	}
+	if err != nil {
+		return fmt.Errorf("record %d of the MFT: %w", i.number, err)
+	}
+	return nil
+}
+
+// find gives the attribute of that type and name, or nil.
+func (i *inode) find(kind uint32, name string) *attr {
+	for n := range i.attrs {
+		if a := &i.attrs[n]; a.kind == kind && a.name == name {
+			return a
+		}
+	}
+	return nil
+}
+
+func (i *inode) standard() error {
+	a := i.find(attrStandard, "")
+	if a == nil || len(a.value) < 0x24 {
+		return guest.Damaged("record %d of the MFT: no standard information", i.number)
+	}
+	time := func(off int) int64 { return int64(le.Uint64(a.value[off:])) }
+	i.std = standard{born: time(0), modified: time(8), changed: time(16), read: time(24), flags: le.Uint32(a.value[32:])}
+	if len(a.value) >= 0x48 { // NTFS 3.0 and later
+		i.std.security = le.Uint32(a.value[0x34:])
+	}
+	return nil
+}
+
+// An entry of an attribute list (NTFS doc, "$ATTRIBUTE_LIST"):
+//
+//	0x00  type (4)   0x04  length (2)   0x06  length of the name (1)   0x07  its offset (1)
+//	0x08  first cluster (8)   0x10  reference to the record (8)   0x18  id in it (2)
+const listEntry = 0x1a
+
+// loadList takes the attributes that the list of a file names. Of one in several parts it reads the first.
+func (f *FS) loadList(i *inode, list *attr, own record) error {
+	if list.size > maxList {
+		return guest.Damaged("record %d of the MFT: an attribute list of %d bytes", i.number, list.size)
+	}
+	b := list.value
+	if !list.resident {
+		b = make([]byte, list.size)
+		if err := f.stream(list).read(b, 0); err != nil {
+			return err
+		}
+	}
+	i.attrs = nil
+	for len(b) >= listEntry {
+		n := int(le.Uint16(b[4:]))
+		if n < listEntry || n > len(b) {
+			return guest.Damaged("record %d of the MFT: an entry of %d bytes in its attribute list", i.number, n)
+		}
+		if err := f.listed(i, b[:n], own); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+func (f *FS) listed(i *inode, e []byte, own record) error {
+	kind, ref, id := le.Uint32(e), int64(le.Uint64(e[0x10:])&refMask), le.Uint16(e[0x18:])
+	if kind == attrFileName {
+		i.names = append(i.names, nameRef{ref, id})
+		return nil
+	}
+	if low := int64(le.Uint64(e[8:])); low != 0 {
+		return i.further(e, part{low: low, high: -1, record: ref, id: id})
+	}
+	if len(i.attrs) >= maxAttrs {
+		return guest.Damaged("record %d of the MFT: more than %d attributes", i.number, maxAttrs)
+	}
+	h, err := f.attribute(i.number, ref, kind, id, own)
+	if err != nil {
+		return err
+	}
+	a, err := h.parse(i.number, ref)
+	if err != nil {
+		return fmt.Errorf("record %d of the MFT: %w", ref, err)
+	}
+	i.attrs = append(i.attrs, a)
+	return nil
+}
+
+// further adds a part to the attribute that it belongs to: the one listed last, for a list is in order.
+func (i *inode) further(e []byte, p part) error {
+	if len(i.attrs) > 0 {
+		a := &i.attrs[len(i.attrs)-1]
+		last := a.parts
+		if a.kind == le.Uint32(e) && !a.resident && last[len(last)-1].low < p.low {
+			if n, off := 2*int(e[6]), int(e[7]); off+n <= len(e) && text(e[off:off+n]) == a.name {
+				a.parts = append(a.parts, p)
+				return nil
+			}
+		}
+	}
+	return guest.Damaged("record %d of the MFT: its attribute list is out of order", i.number)
+}
+
+// attribute finds an attribute of a file in one of its records; own is the base record, when that is at hand.
+func (f *FS) attribute(base, ref int64, kind uint32, id uint16, own record) (header, error) {
+	r := own
+	if ref != base || own == nil {
+		var err error
+		if r, err = f.record(ref); err != nil {
+			return nil, guest.Damaged("record %d of the MFT, of file %d: %v", ref, base, err)
+		}
+		if ref != base && r.base() != base {
+			return nil, guest.Damaged("record %d of the MFT does not belong to file %d", ref, base)
+		}
+	}
+	var found header
+	err := r.attributes(func(h header) bool {
+		if h.kind() == kind && h.id() == id {
+			found = h
+		}
+		return found == nil
+	})
+	if err == nil && found == nil {
+		err = guest.Damaged("record %d of the MFT: no attribute %#x with id %d", ref, kind, id)
+	}
+	if own == nil || ref != base {
+		found = slices.Clone(found)
+	}
+	return found, err
+}
