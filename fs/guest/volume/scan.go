@@ -1,0 +1,329 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/holdfast-backup/holdfast/fs/guest"
+)
+
+// The bounds of a scan.
+const (
+	maxDepth   = 8    // of containers in containers
+	maxVolumes = 8192 // of all kinds
+)
+
+// Scan finds the volumes of a machine's disks. What is wrong with one of them is in its Err; warnings are about what is between
+// them: a backup table in use, an array with members missing.
+func Scan(disks []Disk, opt Options) ([]Volume, []string) {
+	s := &scan{opt: opt, names: map[string]bool{}}
+	for i, d := range disks {
+		s.look(found{name: d.Name, kind: KindDisk, dev: whole{d.Device, i}})
+	}
+	// Arrays may be made of logical volumes and the other way round. A group with something missing waits until nothing
+	// else turns up.
+	for range maxDepth {
+		if s.arrays() || s.groups(false) || s.groups(true) {
+			continue
+		}
+		break
+	}
+	s.left()
+	return s.volumes, s.warnings
+}
+
+type scan struct {
+	opt      Options
+	volumes  []Volume
+	warnings []string
+	names    map[string]bool // in use
+	pvs      []*physical     // of groups not yet assembled
+	members  []*member       // of arrays not yet assembled
+}
+
+// found is something to look into.
+type found struct {
+	name, kind, detail string
+	dev                device
+	depth              int
+}
+
+func (s *scan) warn(name, format string, args ...any) {
+	if len(s.warnings) < maxVolumes {
+		s.warnings = append(s.warnings, name+": "+fmt.Sprintf(format, args...))
+	}
+}
+
+// add puts a volume into the list, under a name of its own.
+func (s *scan) add(v Volume) {
+	if len(s.volumes) >= maxVolumes {
+		return
+	}
+	name := v.Name
+	for i := 2; s.names[v.Name]; i++ {
+		v.Name = fmt.Sprintf("%s~%d", name, i)
+	}
+	if v.Name != name {
+		s.warn(name, "a second volume of this name is called %s", v.Name)
+	}
+	s.names[v.Name] = true
+	if v.dev != nil {
+		v.Device = v.dev
+	}
+	s.volumes = append(s.volumes, v)
+}
+
+// look finds out what a device holds, and goes into it.
+func (s *scan) look(f found) {
+	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev}
+	if f.depth > maxDepth {
+		v.dev, v.Err = nil, guest.Unsupported("more than %d containers in each other", maxDepth)
+		s.add(v)
+		return
+	}
+	v.Signature = signature(f.dev)
+	if f.kind != KindPartition && s.table(f, v.Signature) {
+		return
+	}
+	switch v.Signature {
+	case "LVM2_member":
+		s.physical(f)
+	case "BitLocker":
+		v.Encryption, v.dev, v.Err = "BitLocker", nil, ErrLocked
+	}
+	s.add(v)
+}
+
+func (s *scan) physical(f found) {
+	pv, err := openPhysical(f.name, f.dev)
+	if err != nil {
+		s.warn(f.name, "%v", err)
+		return
+	}
+	pv.depth = f.depth
+	s.pvs = append(s.pvs, pv)
+}
+
+// table looks for a partition table and goes into its partitions. It says no when the device holds something as a whole.
+func (s *scan) table(f found, sign string) bool {
+	t, err := gpt(f.dev)
+	parts, warnings, merr := bestMBR(f.dev)
+	switch {
+	case err == nil && s.wholeInstead(f, t.parts, sign, true):
+		return false
+	case err == nil:
+		for _, w := range t.warnings {
+			s.warn(f.name, "%s", w)
+		}
+		s.partitions(f, "gpt", t.parts)
+		return true
+	case merr != nil:
+		s.warn(f.name, "%v", merr)
+		return false
+	case len(parts) == 0 || s.wholeInstead(f, parts, sign, false):
+		if errors.Is(err, guest.ErrDamaged) && sign == "" {
+			s.add(Volume{Name: f.name, Kind: f.kind, Err: err})
+			return true
+		}
+		return false
+	}
+	if errors.Is(err, guest.ErrDamaged) {
+		s.warn(f.name, "%v; the MBR is used", err)
+	}
+	for _, w := range warnings {
+		s.warn(f.name, "%s", w)
+	}
+	s.partitions(f, "dos", parts)
+	return true
+}
+
+// wholeInstead decides for a device with both a partition table and a signature of its own. The boot sectors of FAT and
+// Windows' file systems have the mark of an MBR, and an installation image is made to be both; elsewhere one of the two is what an earlier use
+// left, and the one with something in it counts.
+func (s *scan) wholeInstead(f found, parts []partition, sign string, gpt bool) bool {
+	switch sign {
+	case "":
+		return false
+	case "vfat", "ntfs", "exfat", "BitLocker", "ReFS":
+		return !gpt
+	case "iso9660", "udf":
+		return true
+	}
+	for _, p := range parts {
+		if dev, err := p.device(f.dev); err == nil && signature(dev) != "" {
+			s.warn(f.name, "has a partition table and the signature of %s; its partitions are shown", sign)
+			return false
+		}
+	}
+	s.warn(f.name, "has a partition table with nothing known in it and the signature of %s; the table is left out", sign)
+	return true
+}
+
+// device gives the bytes of a partition; what reaches past the end of the disk ends there, as Linux does it.
+func (p partition) device(disk device) (device, error) {
+	if p.off <= 0 || p.n <= 0 || p.off >= disk.Size() {
+		return nil, guest.Damaged("a partition of %d bytes from %d on, outside its disk", p.n, p.off)
+	}
+	return section(disk, p.off, min(p.n, disk.Size()-p.off))
+}
+
+func (s *scan) partitions(f found, table string, parts []partition) {
+	for _, p := range parts {
+		part := found{name: fmt.Sprintf("%s/p%d", f.name, p.number), kind: KindPartition, detail: p.detail, depth: f.depth + 1}
+		dev, err := p.device(f.dev)
+		if err == nil {
+			err = windowsPool(table, p.kind)
+		}
+		if err != nil {
+			s.add(Volume{Name: part.name, Kind: part.kind, Detail: p.detail, Err: err})
+			continue
+		}
+		if dev.Size() < p.n {
+			s.warn(part.name, "reaches past the end of the disk, by %d bytes", p.n-dev.Size())
+		}
+		part.dev = dev
+		s.look(part)
+	}
+}
+
+// windowsPool refuses partitions that are parts of what Windows puts together.
+func windowsPool(table, kind string) error {
+	switch {
+	case table == "dos" && kind == fmt.Sprintf("%02x", mbrDynamic), kind == gptLDMMeta, kind == gptLDMData:
+		return guest.Unsupported("a dynamic disk of Windows")
+	case kind == gptSpaces:
+		return guest.Unsupported("Windows Storage Spaces")
+	}
+	return nil
+}
+
+// groups assembles the volume groups whose physical volumes are all there; all of them when partial. It reports whether
+// it found any.
+func (s *scan) groups(partial bool) bool {
+	groups, bad := newest(s.pvs)
+	any := false
+	for _, g := range groups {
+		pv := map[string]device{}
+		depth := 0
+		for _, p := range s.pvs {
+			if g.member(p.id) && pv[p.id] == nil {
+				pv[p.id] = p.dev
+				depth = max(depth, p.depth)
+			}
+		}
+		if len(pv) < len(g.pvs) && !partial {
+			continue
+		}
+		any = true
+		s.pvs = without(s.pvs, g)
+		s.group(g, pv, depth)
+	}
+	if partial {
+		for _, err := range bad {
+			s.warnings = append(s.warnings, err.Error())
+		}
+	}
+	return any
+}
+
+// newest finds the newest metadata of each group on all physical volumes.
+func newest(pvs []*physical) (groups []*group, bad []error) {
+	at := map[string]int{} // id => index into groups
+	for _, pv := range pvs {
+		texts, err := pv.texts()
+		if err != nil {
+			bad = append(bad, err)
+		}
+		for _, text := range texts {
+			g, err := parseGroup(text)
+			if err != nil {
+				bad = append(bad, fmt.Errorf("%s: %w", pv.name, err))
+				continue
+			}
+			i, ok := at[g.id]
+			switch {
+			case !ok:
+				at[g.id] = len(groups)
+				groups = append(groups, g)
+			case g.seqno > groups[i].seqno:
+				groups[i] = g
+			}
+		}
+	}
+	return groups, bad
+}
+
+func (g *group) member(id string) bool {
+	for _, pv := range g.pvs {
+		if pv.id == id {
+			return true
+		}
+	}
+	return false
+}
+
+func without(pvs []*physical, g *group) (left []*physical) {
+	for _, pv := range pvs {
+		if !g.member(pv.id) {
+			left = append(left, pv)
+		}
+	}
+	return left
+}
+
+// group shows the logical volumes of a group.
+func (s *scan) group(g *group, pv map[string]device, depth int) {
+	for _, p := range g.pvs {
+		if pv[p.id] == nil {
+			s.warn(g.name, "the physical volume %s (%s) is missing", p.name, p.id)
+		}
+	}
+	b := &builder{group: g, pv: pv, opt: s.opt, built: map[string]result{}, pools: map[string]*thinPool{}, notes: map[string]string{},
+		warn: func(format string, args ...any) { s.warn(g.name, format, args...) }}
+	for _, name := range g.order {
+		lv := g.lvs[name]
+		if !lv.shown() {
+			continue
+		}
+		f := found{name: clean(mapperName(g.name, name)), kind: KindLogical, detail: lv.detail(), depth: depth + 1}
+		dev, err := b.device(name)
+		if note := b.notes[name]; note != "" {
+			f.detail += ", " + note
+		}
+		if err != nil {
+			s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: err})
+			continue
+		}
+		f.dev = dev
+		s.look(f)
+	}
+}
+
+// left warns of parts that nothing was made of.
+func (s *scan) left() {
+	for _, pv := range s.pvs {
+		if len(pv.meta) > 0 {
+			continue // a physical volume of no group, or damage that was said
+		}
+		s.warn(pv.name, "a physical volume without a volume group")
+	}
+}
+
+// clean makes a name of the disk safe as part of a path.
+func clean(name string) string {
+	name = strings.Map(func(r rune) rune {
+		if r == '/' || r < ' ' {
+			return '_'
+		}
+		return r
+	}, name)
+	if name == "" || name == "." || name == ".." {
+		return "_" + name
+	}
+	return name
+}
+
+type member struct{}
+
+func (s *scan) arrays() bool { return false }
