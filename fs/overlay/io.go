@@ -112,10 +112,19 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-func (d *Disk) write(p []byte, off int64) (int, error) {
-	n, err := d.data.WriteAt(p, off)
-	d.written.Store(true)
-	return n, err
+// writePiece is how much is written at a time, bytes. ext4 keeps what a larger write brings in folios of as many pages, and those
+// are slow to get where memory is in pieces or, in a virtual machine, not there yet: writes of 1 MiB went at 440 MB/s
+// instead of 1,500 (Linux 6.18, 2026-11-22).
+const writePiece = 64 << 10
+
+func (d *Disk) write(p []byte, off int64) (done int, err error) {
+	defer d.written.Store(true)
+	for done < len(p) && err == nil {
+		var n int
+		n, err = d.data.WriteAt(p[done:min(done+writePiece, len(p))], off+int64(done))
+		done += n
+	}
+	return done, err
 }
 
 // edges copies the blocks that [off, off+n) covers in part up from the image, unless they
