@@ -5,6 +5,7 @@
 //	VM/latest                    -> 2026-11-21T063000Z
 //	VM/2026-11-21T063000Z/point.json
 //	VM/2026-11-21T063000Z/config/…
+//	VM/2026-11-21T063000Z/files/disk0/p1/…  files/VG-LV/…  files/root/…   what the guest's file systems hold
 //	VM/2026-11-21T063000Z/disk0.raw  disk0.qcow2  disk0.vmdk + disk0-flat.vmdk  disk0.vhdx
 //
 // Nothing is stored twice: disk formats are computed over the point's image.
@@ -19,12 +20,12 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"path"
 	"strings"
 	"time"
 
 	"github.com/zeebo/blake3"
 
+	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/vdisk"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/extent"
@@ -47,6 +48,11 @@ const (
 	KindDir Kind = iota
 	KindFile
 	KindLink
+	// Of guests only: what is shown, and never opened.
+	KindChar
+	KindBlock
+	KindFIFO
+	KindSocket
 )
 
 // Attr describes a node.
@@ -60,6 +66,8 @@ type Attr struct {
 	Time   time.Time
 	// Immutable: neither the node nor, for a directory, its entries ever change.
 	Immutable bool
+	// Guest is what the guest's own file system says; nil outside of files/.
+	Guest *guest.Stat
 }
 
 // Entry is a line of a directory.
@@ -83,6 +91,19 @@ type Dir interface {
 	Entries(ctx context.Context) ([]Entry, error)
 }
 
+// Lister is a directory that may be too large to be listed at once.
+type Lister interface {
+	Dir
+	// List yields the entries as the file system has them. An error ends it.
+	List(ctx context.Context) iter.Seq2[Entry, error]
+}
+
+// Xattrer is a node with extended attributes.
+type Xattrer interface {
+	Node
+	Xattrs(ctx context.Context) ([]guest.Xattr, error)
+}
+
 // File is a file.
 type File interface {
 	Node
@@ -99,38 +120,66 @@ type Link interface {
 	Target(ctx context.Context) (string, error)
 }
 
-// Walk resolves a slash-separated path from the root, following the tree's own
-// links (`latest`). Components may name a point the way the command line does.
+// maxLinks is how many symbolic links a path may lead through, as in path_resolution(7).
+const maxLinks = 40
+
+// Walk resolves a slash-separated path from the root, following the tree's own links (`latest`), and those of a guest within
+// the volume or view that they are in: an absolute one starts there. The last component is not followed when it is a guest's
+// link. Components may name a point the way the command line does.
 func (t *Tree) Walk(ctx context.Context, p string) (Node, error) {
-	var n Node = t.Root()
-	done := "/"
-	for _, name := range strings.Split(strings.Trim(path.Clean("/"+p), "/"), "/") {
-		if name == "" {
+	trail := []Node{t.Root()} // from the root to here
+	base := 1                 // as long as a guest's own root is from it
+	rest := strings.Split(p, "/")
+	for links := 0; len(rest) > 0; {
+		name := rest[0]
+		rest = rest[1:]
+		switch name {
+		case "", ".":
+			continue
+		case "..":
+			trail = trail[:max(base, len(trail)-1)]
 			continue
 		}
-		d, ok := n.(Dir)
-		if !ok {
-			return nil, fmt.Errorf("%s is not a directory: %w", done, store.ErrNotExist)
-		}
-		next, err := d.Lookup(ctx, name)
-		if v, isVM := d.(*vmDir); isVM && errors.Is(err, store.ErrNotExist) {
-			next, err = v.find(ctx, name)
-		}
+		next, err := t.step(ctx, trail[len(trail)-1], name)
 		if err != nil {
 			return nil, err
 		}
-		if l, ok := next.(Link); ok {
-			target, err := l.Target(ctx)
-			if err != nil {
-				return nil, err
-			}
-			if next, err = d.Lookup(ctx, target); err != nil {
-				return nil, err
+		if _, ok := next.(*guestDir); ok {
+			if _, outside := trail[len(trail)-1].(*filesDir); outside {
+				base = len(trail) + 1
 			}
 		}
-		n, done = next, path.Join(done, name)
+		l, ok := next.(Link)
+		if _, guests := next.(*guestLink); !ok || guests && len(rest) == 0 {
+			trail = append(trail, next)
+			continue
+		}
+		if links++; links > maxLinks {
+			return nil, fmt.Errorf("%s: too many symbolic links", p)
+		}
+		target, err := l.Target(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if strings.HasPrefix(target, "/") {
+			trail = trail[:base]
+		}
+		rest = append(strings.Split(target, "/"), rest...)
 	}
-	return n, nil
+	return trail[len(trail)-1], nil
+}
+
+// step looks one component up.
+func (t *Tree) step(ctx context.Context, n Node, name string) (Node, error) {
+	d, ok := n.(Dir)
+	if !ok {
+		return nil, fmt.Errorf("%s is not in a directory: %w", name, store.ErrNotExist)
+	}
+	next, err := d.Lookup(ctx, name)
+	if v, isVM := d.(*vmDir); isVM && errors.Is(err, store.ErrNotExist) {
+		return v.find(ctx, name)
+	}
+	return next, err
 }
 
 // inodeOf makes a stable inode number out of what a node is.

@@ -22,6 +22,8 @@ type Tree struct {
 
 	mu     sync.Mutex                  // guards following
 	points map[store.PointID]*pointDir // point => its directory, at most maxPoints
+
+	machines machines
 }
 
 // maxPoints bounds the points whose manifests are kept in memory.
@@ -220,6 +222,8 @@ func entriesOf(_ context.Context, nodes []namedNode) ([]Entry, error) {
 			es[i] = Entry{nodes[i].name, KindFile, n.inode}
 		case *configDir:
 			es[i] = Entry{nodes[i].name, KindDir, n.inode()}
+		case *filesDir:
+			es[i] = Entry{nodes[i].name, KindDir, n.id("dir", n.prefix)}
 		}
 	}
 	return es, nil
@@ -246,6 +250,9 @@ func (d *pointDir) load(ctx context.Context) error {
 	})}}
 	if len(p.Config) > 0 {
 		nodes = append(nodes, namedNode{"config", &configDir{point: d}})
+	}
+	if len(p.Disks) > 0 {
+		nodes = append(nodes, namedNode{"files", &filesDir{point: d}})
 	}
 	for i := range p.Disks {
 		nodes = append(nodes, d.disk(&p.Disks[i])...)

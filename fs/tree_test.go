@@ -145,10 +145,10 @@ func TestTree(t *testing.T) {
 	if got := names(t, tree, "web"); got != "2026-11-20T063000Z 2026-11-20T063000Z-2 latest" {
 		t.Errorf("web: %q", got)
 	}
-	if got := names(t, tree, "web/2026-11-20T063000Z"); got != "point.json config disk0.raw disk0.qcow2 disk0.vmdk disk0-flat.vmdk disk0.vhdx" {
+	if got := names(t, tree, "web/2026-11-20T063000Z"); got != "point.json config files disk0.raw disk0.qcow2 disk0.vmdk disk0-flat.vmdk disk0.vhdx" {
 		t.Errorf("point: %q", got)
 	}
-	if got := names(t, tree, "web/latest"); got != "point.json config disk0.raw disk0.qcow2" {
+	if got := names(t, tree, "web/latest"); got != "point.json config files disk0.raw disk0.qcow2" {
 		t.Errorf("latest, with an empty disk: %q", got)
 	}
 	if got := names(t, tree, "db 1/2026-11/config/sub"); got != "vm.vmx" {

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/fs"
+	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/extent"
 )
@@ -65,7 +66,6 @@ func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 		MaxReadAhead:             readAhead,
 		MaxBackground:            background,
 		MaxInflightRequestBytes:  maxInFlight,
-		DisableXAttrs:            true,
 		DisableSplice:            true, // slower than copying: a 1 MiB read never fits the pipe
 		DirectMount:              true,
 		DirectMountFlags:         syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_RDONLY,
@@ -147,6 +147,11 @@ func (c *conn) errno(err error) syscall.Errno {
 		return syscall.EIO
 	case errors.Is(err, stdfs.ErrNotExist):
 		return syscall.ENOENT
+	case errors.Is(err, guest.ErrUnsupported):
+		c.log(err.Error())
+		return syscall.EOPNOTSUPP
+	case errors.Is(err, guest.ErrNotDir):
+		return syscall.ENOTDIR
 	case errors.Is(err, context.Canceled):
 		return syscall.EINTR
 	case errors.As(err, &e):
@@ -176,18 +181,35 @@ func fill(a fs.Attr, out *fuse.Attr) {
 		out.Mode |= 0o444
 	}
 	out.SetTimes(&a.Time, &a.Time, &a.Time)
-}
-
-func modeOf(k fs.Kind) uint32 {
-	switch k {
-	case fs.KindDir:
-		return syscall.S_IFDIR
-	case fs.KindLink:
-		return syscall.S_IFLNK
-	default:
-		return syscall.S_IFREG
+	if a.Guest != nil {
+		fillGuest(a.Guest, out)
 	}
 }
+
+// fillGuest writes what a guest says of a file.
+func fillGuest(g *guest.Stat, out *fuse.Attr) {
+	out.Mode, out.Nlink = g.Mode, g.Nlink
+	out.Owner = fuse.Owner{Uid: g.UID, Gid: g.GID}
+	out.Rdev = uint32(unix.Mkdev(g.Major, g.Minor))
+	setTime(&out.Atime, &out.Atimensec, g.Atime)
+	setTime(&out.Mtime, &out.Mtimensec, g.Mtime)
+	setTime(&out.Ctime, &out.Ctimensec, g.Ctime)
+}
+
+// setTime sets a time; one that the file system does not have is 1970's beginning.
+func setTime(sec *uint64, nsec *uint32, t time.Time) {
+	if t.IsZero() {
+		t = time.Unix(0, 0)
+	}
+	*sec, *nsec = uint64(t.Unix()), uint32(t.Nanosecond())
+}
+
+var modes = map[fs.Kind]uint32{
+	fs.KindDir: syscall.S_IFDIR, fs.KindLink: syscall.S_IFLNK, fs.KindFile: syscall.S_IFREG, fs.KindChar: syscall.S_IFCHR,
+	fs.KindBlock: syscall.S_IFBLK, fs.KindFIFO: syscall.S_IFIFO, fs.KindSocket: syscall.S_IFSOCK,
+}
+
+func modeOf(k fs.Kind) uint32 { return modes[k] }
 
 // getattr answers for every kind of node.
 func (c *conn) getattr(ctx context.Context, n fs.Node, out *fuse.AttrOut) syscall.Errno {
@@ -247,11 +269,16 @@ func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (
 		node = &linkNode{conn: n.conn, link: child}
 	case fs.File:
 		node = &fileNode{conn: n.conn, file: child}
+	default:
+		node = &specialNode{conn: n.conn, node: child}
 	}
 	return n.NewInode(ctx, node, gofs.StableAttr{Mode: modeOf(a.Kind), Ino: a.Inode}), 0
 }
 
 func (n *dirNode) Readdir(ctx context.Context) (gofs.DirStream, syscall.Errno) {
+	if l, ok := n.dir.(fs.Lister); ok {
+		return newListing(n.conn, l.List(uninterrupted(ctx)))
+	}
 	entries, err := n.dir.Entries(uninterrupted(ctx))
 	if err != nil {
 		return nil, n.conn.errno(err)

@@ -1,0 +1,102 @@
+package machine
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/holdfast-backup/holdfast/fs/guest"
+	"github.com/holdfast-backup/holdfast/fs/guest/ext"
+	"github.com/holdfast-backup/holdfast/fs/guest/ntfs"
+	"github.com/holdfast-backup/holdfast/fs/guest/volume"
+	"github.com/holdfast-backup/holdfast/fs/guest/xfs"
+)
+
+// Options of opening a guest's disks.
+type Options struct {
+	Volumes volume.Options
+	FS      guest.Options // of each file system
+}
+
+// Machine is what the disks of a guest hold.
+type Machine struct {
+	Volumes  []*Volume
+	Warnings []string // what is odd about the volumes
+
+	views func() []*View
+}
+
+// Volume is a volume and its file system.
+type Volume struct {
+	volume.Volume
+	opt guest.Options
+
+	mu   sync.Mutex // guards following
+	done bool
+	fs   guest.FS
+	err  error
+}
+
+// Open finds the volumes.
+func Open(disks []volume.Disk, opt Options) *Machine {
+	list, warnings := volume.Scan(disks, opt.Volumes)
+	m := &Machine{Warnings: warnings}
+	for _, v := range list {
+		m.Volumes = append(m.Volumes, &Volume{Volume: v, opt: opt.FS})
+	}
+	m.views = sync.OnceValue(m.findViews)
+	return m
+}
+
+// Volume gives a volume by its name; nil when there is none.
+func (m *Machine) Volume(name string) *Volume {
+	for _, v := range m.Volumes {
+		if v.Name == name {
+			return v
+		}
+	}
+	return nil
+}
+
+// readers maps a signature to what reads that file system.
+var readers = map[string]func(guest.Device, guest.Options) (guest.FS, error){
+	"ext2": openAs(ext.Open), "ext3": openAs(ext.Open), "ext4": openAs(ext.Open),
+	"xfs":  openAs(xfs.Open),
+	"ntfs": openAs(ntfs.Open),
+}
+
+func openAs[F guest.FS](open func(guest.Device, guest.Options) (F, error)) func(guest.Device, guest.Options) (guest.FS, error) {
+	return func(dev guest.Device, opt guest.Options) (guest.FS, error) {
+		f, err := open(dev, opt)
+		if err != nil {
+			return nil, err
+		}
+		return f, nil
+	}
+}
+
+// HasReader reports whether there is a reader for what the volume's first bytes look like.
+func (v *Volume) HasReader() bool { return v.Device != nil && readers[v.Signature] != nil }
+
+// FS opens the volume's file system, once. guest.ErrUnsupported when nothing reads it; the reason why the volume itself cannot
+// be read, when it cannot.
+func (v *Volume) FS() (guest.FS, error) {
+	if v.Device == nil {
+		return nil, v.Err
+	}
+	open := readers[v.Signature]
+	switch {
+	case open == nil && v.Signature == "":
+		return nil, guest.Unsupported("%s: holds nothing that is known", v.Name)
+	case open == nil:
+		return nil, guest.Unsupported("%s: %s", v.Name, v.Signature)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if !v.done {
+		v.done = true
+		if v.fs, v.err = open(v.Device, v.opt); v.err != nil {
+			v.err = fmt.Errorf("%s: %s: %w", v.Name, v.Signature, v.err)
+		}
+	}
+	return v.fs, v.err
+}
