@@ -7,6 +7,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/machine"
@@ -219,9 +220,13 @@ func (l *guestLink) Target(ctx context.Context) (string, error) {
 	return target, l.located(m, err)
 }
 
+// linger is how long a point stays held after the last of a guest's files was closed: to hold it takes longer than to read
+// most files.
+const linger = 5 * time.Second
+
 // Hold implements File.
 func (n *guestNode) Hold(ctx context.Context) (release func(), err error) {
-	return n.side.point.hold(ctx)
+	return n.side.point.hold(ctx, linger)
 }
 
 // Image implements File.

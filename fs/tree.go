@@ -164,14 +164,16 @@ type pointDir struct {
 	point *store.Point
 	nodes []namedNode // in order
 	holds int         // of files that are open
-	drop  func()      // ends the hold in the repository, while there are any
+	drop  func()      // ends the hold in the repository; nil when there is none
+	later *time.Timer // drops it, when no file is open
 }
 
-// hold keeps the point's chunks while any of its files is open.
-func (d *pointDir) hold(ctx context.Context) (release func(), err error) {
+// hold keeps the point's chunks while any of its files is open, and for linger after that: the next of many files finds it
+// held.
+func (d *pointDir) hold(ctx context.Context, linger time.Duration) (release func(), err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.holds == 0 {
+	if d.drop == nil {
 		if _, d.drop, err = d.tree.repo.Hold(ctx, d.sum.ID); err != nil {
 			return nil, err
 		}
@@ -180,10 +182,41 @@ func (d *pointDir) hold(ctx context.Context) (release func(), err error) {
 	return sync.OnceFunc(func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		if d.holds--; d.holds == 0 {
-			d.drop()
+		if d.holds--; d.holds > 0 {
+			return
 		}
+		if linger == 0 {
+			d.letGo()
+			return
+		}
+		if d.later != nil {
+			d.later.Stop()
+		}
+		d.later = time.AfterFunc(linger, func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.letGo()
+		})
 	}), nil
+}
+
+// letGo ends the hold unless a file is open. Callers hold d.mu.
+func (d *pointDir) letGo() {
+	if d.holds == 0 && d.drop != nil {
+		d.drop()
+		d.drop = nil
+	}
+}
+
+// Close lets go of points at once that would be held for a little longer. Files must not be in use any more.
+func (t *Tree) Close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, d := range t.points {
+		d.mu.Lock()
+		d.letGo()
+		d.mu.Unlock()
+	}
 }
 
 type namedNode struct {
@@ -262,7 +295,7 @@ func (d *pointDir) load(ctx context.Context) error {
 }
 
 func (d *pointDir) file(name string, open func() (Image, error)) *file {
-	return &file{inode: inodeOf("point", d.sum.ID.String(), name), time: d.sum.Time, open: open, hold: d.hold}
+	return &file{inode: inodeOf("point", d.sum.ID.String(), name), time: d.sum.Time, open: open, hold: func(ctx context.Context) (func(), error) { return d.hold(ctx, 0) }}
 }
 
 // disk lays out the formats of one disk. Formats that cannot hold it are left out:

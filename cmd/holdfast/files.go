@@ -108,6 +108,7 @@ func runCp(ctx context.Context, c *call) error {
 	sources, dest := c.args[:len(c.args)-1], c.args[len(c.args)-1]
 	return c.withRepo(ctx, func(r *store.Repo) error {
 		tree := fs.New(r)
+		defer tree.Close()
 		st, err := os.Stat(dest)
 		into := err == nil && st.IsDir()
 		if len(sources) > 1 && !into {

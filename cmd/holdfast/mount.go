@@ -31,7 +31,9 @@ func runMount(ctx context.Context, c *call) error {
 // mount mounts and waits for the end: umount, SIGINT or SIGTERM.
 func (c *call) mount(ctx context.Context, dir string, ready func()) error {
 	return c.withRepo(ctx, func(r *store.Repo) error {
-		s, err := fuse.Mount(dir, fs.New(r), fuse.Options{
+		tree := fs.New(r)
+		defer tree.Close()
+		s, err := fuse.Mount(dir, tree, fuse.Options{
 			AllowOther: c.Bool("allow-other"),
 			Log:        func(text string) { c.progress.warn("%s", text) },
 		})
