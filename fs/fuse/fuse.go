@@ -78,6 +78,7 @@ func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 		AttrTimeout:     &none,
 		NegativeTimeout: &none,
 		RootStableAttr:  &gofs.StableAttr{Ino: 1},
+		NullPermissions: true, // a guest has files of mode 0
 	})
 	at, err := realPath(dir)
 	if err != nil {

@@ -43,6 +43,13 @@ func Run(t *testing.T, args ...string) string {
 func Sparse(t *testing.T, size int64) string {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "disk")
+	SparseAt(t, image, size)
+	return image
+}
+
+// SparseAt makes an empty disk at a path.
+func SparseAt(t *testing.T, image string, size int64) {
+	t.Helper()
 	f, err := os.Create(image)
 	if err != nil {
 		t.Fatal(err)
@@ -51,7 +58,6 @@ func Sparse(t *testing.T, size int64) string {
 	if err := f.Truncate(size); err != nil {
 		t.Fatal(err)
 	}
-	return image
 }
 
 // Mount mounts an image by a loop device of the kernel. The end of the test unmounts it, unless that has been done.
