@@ -39,11 +39,11 @@ func wholeOf(size int64) iter.Seq2[extent.Extent, error] {
 }
 
 // read backs up one disk after its plan.
-func (r *run) read(ctx context.Context, d Disk, name string, p plan) (store.Root, store.Stats, error) {
+func (r *run) read(ctx context.Context, d Disk, name string, p plan, left *leftOut) (store.Root, store.Stats, error) {
 	meter := r.opt.Start(r.vm, name, d.Size())
-	ranges := d.Extents(ctx, p.since)
-	if p.from != nil {
-		ranges = p.from.Changed(ctx)
+	ranges := r.ranges(ctx, d, name, p, left)
+	if p.from == nil {
+		p.gone = left.of(name)
 	}
 	return r.write(ctx, d, d.Size(), p, ranges, meter)
 }
@@ -155,11 +155,15 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 
 	g.Go(func() error { // map
 		next := int64(0) // first chunk not settled yet
+		gone := newPuncher(builder, p, int64(cs))
+		defer gone.stop()
 		settle := func(to int64) error {
 			if p.since == "" {
 				if err := builder.Punch(gctx, next, to); err != nil {
 					return err
 				}
+			} else if err := gone.upTo(gctx, to); err != nil {
+				return err
 			}
 			meter.done(min(to*int64(cs), size) - min(next*int64(cs), size))
 			next = to
@@ -193,7 +197,9 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 		if gctx.Err() != nil {
 			return gctx.Err()
 		}
-		return settle((size + int64(cs) - 1) / int64(cs))
+		err := settle((size + int64(cs) - 1) / int64(cs))
+		stats.Data -= gone.data
+		return err
 	})
 	before := r.draft.Stored()
 	if err := g.Wait(); err != nil {

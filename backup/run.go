@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/extent"
 )
 
 // Meter is told of the progress of one disk, from several goroutines at once.
@@ -33,7 +35,8 @@ func (m Meter) fresh(n int64) {
 // Options of a run.
 type Options struct {
 	Tags    []string
-	Full    bool   // read everything, even where changes are known
+	Full    bool // read everything, even where changes are known
+	Exclude Exclude
 	Program string // version recorded in the point
 	// LockFor keeps the point from being forgotten for that long; zero does not.
 	LockFor Duration
@@ -72,8 +75,9 @@ func RunTo(ctx context.Context, to Target, snap Snapshot, opt Options) (*store.P
 		p.Parent = &parent.ID
 	}
 	r := run{draft: draft, opt: opt, vm: vm.Name}
+	left := r.leaveOut(snap.Disks())
 	for i, d := range snap.Disks() {
-		rec, err := r.disk(ctx, d, fmt.Sprintf("disk%d", i))
+		rec, err := r.disk(ctx, d, fmt.Sprintf("disk%d", i), left)
 		if err != nil {
 			return nil, fmt.Errorf("%s disk%d: %w", vm.Name, i, err)
 		}
@@ -148,12 +152,14 @@ type run struct {
 
 // plan says how a disk is read.
 type plan struct {
-	base  Base    // to compare with and to start from; nil when there is none
-	since string  // change id; empty reads everything
-	from  Derived // knows the changes itself; since says only that they are known
-	data  int64   // with since: bytes of the parent's disk that are no holes
-	why   string  // recorded in the point
-	unit  int     // bytes; reads are whole multiples of it where the ranges are
+	base    Base                    // to compare with and to start from; nil when there is none
+	since   string                  // change id; empty reads everything
+	from    Derived                 // knows the changes itself; since says only that they are known
+	data    int64                   // with since: bytes of the parent's disk that are no holes
+	why     string                  // recorded in the point
+	leftOut *store.LeftOut          // of base, what was left out
+	gone    iter.Seq[extent.Extent] // whole chunks that become holes, also where nothing changed; none of them is read; nil for none
+	unit    int                     // bytes; reads are whole multiples of it where the ranges are
 }
 
 func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
@@ -175,10 +181,10 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 	if base == nil {
 		return plan{why: "full: chunks of the last point are lost"}, nil
 	}
-	p := plan{base: base}
+	p := plan{base: base, leftOut: old.LeftOut}
 	if dd, ok := d.(Derived); ok && old.Size == d.Size() && !r.opt.Full {
 		if id, disk := dd.From(); id == r.draft.Parent().ID && disk == old.Name {
-			return plan{base: base, since: id.String(), from: dd, why: "changes", data: old.Stats.Data}, nil
+			return plan{base: base, leftOut: old.LeftOut, since: id.String(), from: dd, why: "changes", data: old.Stats.Data}, nil
 		}
 	}
 	switch {
@@ -200,24 +206,24 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 
 // disk backs up one disk. Change tracking that turns out to be lost before the
 // first range is replaced by a full read.
-func (r *run) disk(ctx context.Context, d Disk, name string) (*store.Disk, error) {
+func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*store.Disk, error) {
 	p, err := r.plan(ctx, d, name)
 	if err != nil {
 		return nil, err
 	}
 	rec := &store.Disk{Name: name, Key: d.Key(), Size: d.Size(), ChangeID: d.ChangeID()}
 	began := r.opt.Now()
-	root, stats, err := r.read(ctx, d, name, p)
+	root, stats, err := r.read(ctx, d, name, p, left)
 	if errors.Is(err, ErrChangesLost) && p.since != "" {
 		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: %v; the whole disk was read", name, err))
 		p.since, p.data, p.why = "", 0, "full: change tracking was lost"
-		root, stats, err = r.read(ctx, d, name, p)
+		root, stats, err = r.read(ctx, d, name, p, left)
 	}
 	if errors.Is(err, store.ErrDamaged) && p.base != nil {
 		// The parent's map cannot be read: do without it.
 		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: the last point is damaged; the whole disk was read", name))
 		p = plan{why: "full: the last point is damaged"}
-		root, stats, err = r.read(ctx, d, name, p)
+		root, stats, err = r.read(ctx, d, name, p, left)
 	}
 	if err != nil {
 		return nil, err
@@ -233,6 +239,11 @@ func (r *run) disk(ctx context.Context, d Disk, name string) (*store.Disk, error
 		rec.Root = root.Page[:]
 	}
 	rec.Read, rec.Stats = p.why, stats
+	if p.from == nil {
+		rec.LeftOut = left.record(name)
+	} else {
+		rec.LeftOut = p.leftOut
+	}
 	rec.Stats.Duration = r.opt.Now().Sub(began).Seconds()
 	return rec, nil
 }

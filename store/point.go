@@ -60,6 +60,20 @@ type Disk struct {
 	Read     string   `json:"read"`                // "changes", or "full: why"
 	Stats    Stats    `json:"stats"`
 	Warnings []string `json:"warnings,omitempty"`
+	LeftOut  *LeftOut `json:"left_out,omitempty"`
+}
+
+// LeftOut is what of a disk was not read and is stored as holes, because its guest does not need it.
+type LeftOut struct {
+	Items  []LeftOutItem `json:"items"`
+	Ranges hexBytes      `json:"ranges"` // BLAKE3 of the ranges: offset and length of each, 8 bytes little-endian
+}
+
+// LeftOutItem is one thing that was left out.
+type LeftOutItem struct {
+	Volume string `json:"volume"` // as below files/
+	What   string `json:"what"`   // "swap area", "free space", or the path of a file
+	Bytes  int64  `json:"bytes"`
 }
 
 // Map is the chunk map of the disk.

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/backup"
@@ -65,6 +67,44 @@ func (c *call) lockFor() (backup.Duration, error) {
 		return d, usagef("--lock-for: %v", err)
 	}
 	return d, nil
+}
+
+func checkBackup(c *call) error {
+	if _, err := parseExclude(c.String("exclude")); err != nil {
+		return usagef("--exclude: %v", err)
+	}
+	_, err := c.lockFor()
+	return err
+}
+
+// parseExclude reads the value of --exclude; the empty one is the default.
+func parseExclude(s string) (e backup.Exclude, err error) {
+	switch s {
+	case "":
+		return backup.Exclude{Swap: true}, nil
+	case "none":
+		return e, nil
+	}
+	for word := range strings.SplitSeq(s, ",") {
+		switch strings.TrimSpace(word) {
+		case "swap":
+			e.Swap = true
+		case "free":
+			e.Free = true
+		default:
+			return e, fmt.Errorf("%q is none of swap, free and none", word)
+		}
+	}
+	return e, nil
+}
+
+// exclude is what is left out of a VM: what the command line says, or else the config for this VM, or for all.
+func (c *call) exclude(vm string) backup.Exclude {
+	e, err := parseExclude(cmp.Or(c.String("exclude"), c.cfg.vms[vm].exclude, c.cfg.backup.exclude))
+	if err != nil {
+		panic(err) // all three have been checked
+	}
+	return e
 }
 
 func runBackup(ctx context.Context, c *call) error {
@@ -146,6 +186,7 @@ func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source
 	p, err = backup.RunTo(ctx, to, snap, backup.Options{
 		Tags:    c.StringSlice("tag"),
 		Full:    c.Bool("full"),
+		Exclude: c.exclude(vm),
 		Program: programVersion(),
 		LockFor: lock,
 		Now:     c.clock.now,

@@ -28,17 +28,20 @@ func commands() []command {
 			run:   runInit,
 		},
 		{
-			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
+			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--exclude WHAT] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
 			short: "back up disk image files",
 			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
 				"Files are raw, qcow2, VMDK, VHD or VHDX, told by their first bytes (a VHD by its last); one that ends in .raw\n" +
 				"or -flat.vmdk is raw. Of a VMDK in several files give the descriptor; it is read with its extents and parents.\n" +
 				"With -r tls://HOST:PORT the point is added to a repository on another host, by its 'holdfast serve'. The token\n" +
-				"for it comes from --token-file, HOLDFAST_TOKEN_FILE, HOLDFAST_TOKEN or a prompt; no password is needed.",
+				"for it comes from --token-file, HOLDFAST_TOKEN_FILE, HOLDFAST_TOKEN or a prompt; no password is needed.\n" +
+				"--exclude says what of the guest is stored as holes: swap (swap areas and files, pagefile.sys, hiberfil.sys), free\n" +
+				"(blocks that its file systems do not use), swap,free or none. Only what is certain is left out; 'show' lists it.",
 			min: 1, max: -1, completes: files,
 			flags: []cli.Flag{
 				&cli.StringFlag{Name: "vm", Usage: "`NAME` of the VM that the disks belong to"},
 				&cli.StringSliceFlag{Name: "tag", Usage: "`TEXT` to keep with the restore point; may be repeated"},
+				&cli.StringFlag{Name: "exclude", Usage: "`WHAT` of the guest to leave out: swap, free, swap,free or none; swap unless the config says other"},
 				&cli.StringFlag{Name: "lock-for", Usage: "let nobody forget the point for this `DURATION`, such as 30d, 36h, 1y6m; cannot be taken back"},
 				&cli.StringSliceFlag{Name: "attach", TakesFile: true, Usage: "`FILE` about the VM to keep with its configuration, such as its .vmx or NVRAM; may be repeated"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "full", Usage: "read everything, whatever the last restore point says"},
@@ -47,7 +50,7 @@ func commands() []command {
 				&cli.StringFlag{Name: "token-file", EnvVars: []string{"HOLDFAST_TOKEN_FILE"}, TakesFile: true,
 					Usage: "`FILE` with the token for a server"},
 			},
-			needs: needRepository, away: true, check: func(c *call) error { _, err := c.lockFor(); return err }, run: runBackup,
+			needs: needRepository, away: true, check: checkBackup, run: runBackup,
 		},
 		{
 			name: "points", usage: "[VM]", short: "list restore points",

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"go.yaml.in/yaml/v3"
 
@@ -27,6 +28,7 @@ type config struct {
 		tokenFile    string // likewise
 	}
 	backup struct {
+		exclude string          // as --exclude; empty when the file says nothing
 		lockFor backup.Duration // for how long points are locked; zero when the file says nothing
 	}
 	vms map[string]vmConfig // by name
@@ -97,6 +99,7 @@ func parseConfig(path string, b []byte) (config, error) {
 		},
 		"backup": func(_, value *yaml.Node) error {
 			return d.section(value, "backup", keys{
+				"exclude":  d.exclude(&cfg.backup.exclude),
 				"lock_for": d.duration(&cfg.backup.lockFor),
 			})
 		},
@@ -107,6 +110,7 @@ func parseConfig(path string, b []byte) (config, error) {
 				err := d.section(value, "vms."+name, keys{
 					"sign": d.text(&vm.sign), "bus": d.text(&vm.bus), "firmware": d.text(&vm.firmware),
 					"memory": d.text(&vm.memory), "cpus": d.text(&vm.cpus), "boot_limit": d.text(&vm.limit),
+					"exclude": d.exclude(&vm.exclude),
 				})
 				cfg.vms[name] = vm
 				return err
@@ -250,6 +254,26 @@ func (d configDecoder) text(to *string) func(key, value *yaml.Node) error {
 			return d.errorf(value, "the value is empty")
 		}
 		*to = v.Value
+		return nil
+	}
+}
+
+// exclude takes what --exclude takes, also as a list.
+func (d configDecoder) exclude(to *string) func(key, value *yaml.Node) error {
+	return func(_, value *yaml.Node) error {
+		v := resolveAlias(value)
+		list := []*yaml.Node{v}
+		if v.Kind == yaml.SequenceNode {
+			list = v.Content
+		}
+		var words []string
+		for _, n := range list {
+			words = append(words, resolveAlias(n).Value)
+		}
+		*to = strings.Join(words, ",")
+		if _, err := parseExclude(*to); err != nil {
+			return d.errorf(value, "%w", err)
+		}
 		return nil
 	}
 }

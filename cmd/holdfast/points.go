@@ -102,6 +102,14 @@ func runShow(ctx context.Context, c *call) error {
 			[2]string{"new", fmt.Sprintf("%s, %s stored", sizeText(p.Stats.New), sizeText(p.Stats.Stored))},
 			[2]string{"took", fmt.Sprintf("%.1fs", p.Stats.Duration)},
 		)
+		for _, d := range p.Disks {
+			if d.LeftOut == nil {
+				continue
+			}
+			for _, i := range d.LeftOut.Items {
+				fields = append(fields, [2]string{"left out", fmt.Sprintf("%s of %s: %s", sizeText(i.Bytes), i.Volume, i.What)})
+			}
+		}
 		for _, w := range p.Warnings {
 			fields = append(fields, [2]string{"warning", w})
 		}

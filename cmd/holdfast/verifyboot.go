@@ -15,8 +15,9 @@ import (
 	"github.com/holdfast-backup/holdfast/store"
 )
 
-// vmConfig is what the config file says of a VM, for boots of it; empty where it says nothing.
+// vmConfig is what the config file says of a VM, for its backups and boots; empty where it says nothing.
 type vmConfig struct {
+	exclude                                  string
 	sign, bus, firmware, memory, cpus, limit string
 }
 

@@ -160,7 +160,8 @@ type Freer interface {
 
 // Locator is a FS that tells where a file's bytes are on its device, for a backup that leaves a swap file out.
 type Locator interface {
-	// Locate yields the ranges of the device (bytes) that hold whole blocks of that file and nothing else. An error means
+	// Locate yields the ranges of the device (bytes) that hold whole blocks of that file and nothing else, in the order of
+	// the file. An error means
 	// that nothing that it yielded may be relied on.
 	Locate(ino Ino) iter.Seq2[extent.Extent, error]
 }

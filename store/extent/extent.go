@@ -110,3 +110,81 @@ func All(es []Extent) iter.Seq2[Extent, error] {
 		}
 	}
 }
+
+// Subtract yields what of src is in none of gone; both are ascending and each without overlaps. An error of src is passed on and ends
+// the sequence.
+func Subtract(src iter.Seq2[Extent, error], gone iter.Seq[Extent]) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		next, stop := iter.Pull(gone)
+		defer stop()
+		g, more := next()
+		for e, err := range src {
+			if err != nil {
+				yield(Extent{}, err)
+				return
+			}
+			for !e.Empty() {
+				for more && g.End() <= e.Off {
+					g, more = next()
+				}
+				piece := e
+				if more && g.Off < e.End() {
+					piece.Len = max(0, g.Off-e.Off)
+					rest := min(g.End(), e.End())
+					e = Extent{rest, e.End() - rest}
+				} else {
+					e = Extent{}
+				}
+				if !piece.Empty() && !yield(piece, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// Merge yields what is in a or in b, ascending and without overlaps; each of them is. An error of either is passed on and ends
+// the sequence.
+func Merge(a, b iter.Seq2[Extent, error]) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		next, stop := iter.Pull2(b)
+		defer stop()
+		other, berr, more := next()
+		var cur Extent
+		// put joins e to cur, or yields that when e does not touch it.
+		put := func(e Extent) bool {
+			if !cur.Empty() && e.Off <= cur.End() {
+				cur.Len = max(cur.End(), e.End()) - cur.Off
+				return true
+			}
+			before := cur
+			cur = e
+			return before.Empty() || yield(before, nil)
+		}
+		upTo := func(off int64) bool {
+			for more && (berr != nil || other.Off <= off) {
+				if berr != nil {
+					yield(Extent{}, berr)
+					return false
+				}
+				if !put(other) {
+					return false
+				}
+				other, berr, more = next()
+			}
+			return true
+		}
+		for e, err := range a {
+			if err != nil {
+				yield(Extent{}, err)
+				return
+			}
+			if !upTo(e.Off) || !put(e) {
+				return
+			}
+		}
+		if upTo(1<<63-1) && !cur.Empty() {
+			yield(cur, nil)
+		}
+	}
+}

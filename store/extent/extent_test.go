@@ -2,6 +2,7 @@ package extent
 
 import (
 	"errors"
+	"iter"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -86,5 +87,57 @@ func TestCoarsenError(t *testing.T) {
 	}
 	if last != boom {
 		t.Fatalf("error lost: %v", last)
+	}
+}
+
+// someOf makes random ranges within size.
+func someOf(rnd *rand.Rand, size int64) []Extent {
+	var es []Extent
+	for range rnd.IntN(8) {
+		es = append(es, Intersect(Extent{rnd.Int64N(size), rnd.Int64N(30)}, Extent{0, size}))
+	}
+	return Normalise(es)
+}
+
+// TestPairsAgainstBitmap compares operations on two lists with bitmaps.
+func TestPairsAgainstBitmap(t *testing.T) {
+	const size = 200
+	rnd := rand.New(rand.NewPCG(3, 4))
+	for range 5000 {
+		a, b := someOf(rnd, size), someOf(rnd, size)
+		abits, bbits := toBits(a, size), toBits(b, size)
+		less, both := make([]bool, size), make([]bool, size)
+		for i := range size {
+			less[i], both[i] = abits[i] && !bbits[i], abits[i] || bbits[i]
+		}
+		for name, c := range map[string]struct {
+			got  iter.Seq2[Extent, error]
+			want []bool
+		}{
+			"Subtract": {Subtract(All(a), slices.Values(b)), less},
+			"Merge":    {Merge(All(a), All(b)), both},
+		} {
+			var list []Extent
+			for e, err := range c.got {
+				if n := len(list); err != nil || e.Empty() || n > 0 && e.Off < list[n-1].End() {
+					t.Fatalf("%s(%v, %v): %v, %v after %v", name, a, b, e, err, list)
+				}
+				list = append(list, e)
+			}
+			if !slices.Equal(toBits(list, size), c.want) {
+				t.Fatalf("%s(%v, %v) = %v", name, a, b, list)
+			}
+		}
+	}
+	bad := errors.New("bad")
+	failing := func(yield func(Extent, error) bool) { _ = yield(Extent{0, 5}, nil) && yield(Extent{}, bad) }
+	for _, seq := range []iter.Seq2[Extent, error]{Subtract(failing, slices.Values([]Extent(nil))), Merge(failing, All(nil)), Merge(All(nil), failing)} {
+		var got error
+		for _, err := range seq {
+			got = err
+		}
+		if !errors.Is(got, bad) {
+			t.Errorf("the error is lost: %v", got)
+		}
 	}
 }

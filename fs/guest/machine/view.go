@@ -22,6 +22,7 @@ type View struct {
 	Name     string // root, and root-2 … for further systems on the same disks
 	Root     Place
 	Mounts   map[Place]Place // directory => the root of what is mounted there
+	Swap     []string        // paths of the files that the system swaps to, without the leading slash
 	Warnings []string        // what of the guest's table could not be followed
 }
 
@@ -69,6 +70,7 @@ func (m *Machine) findViews() []*View {
 			if len(views) > 0 {
 				v.Name = fmt.Sprint("root-", len(views)+1)
 			}
+			v.Swap = swapFiles(string(table))
 			m.mount(v, string(table))
 			views = append(views, v)
 			break
@@ -107,6 +109,18 @@ func mounts(table string) []mount {
 		list = append(list, m)
 	}
 	slices.SortStableFunc(list, func(a, b mount) int { return strings.Count(a.dir, "/") - strings.Count(b.dir, "/") })
+	return list
+}
+
+// swapFiles are the paths of files that fstab(5) swaps to.
+func swapFiles(table string) []string {
+	var list []string
+	for line := range strings.Lines(table) {
+		f := strings.Fields(line)
+		if len(f) > 2 && f[2] == "swap" && strings.HasPrefix(f[0], "/") && !strings.HasPrefix(f[0], "/dev/") {
+			list = append(list, strings.Trim(unescape(f[0]), "/"))
+		}
+	}
 	return list
 }
 
