@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/holdfast-backup/holdfast/fs"
@@ -33,6 +34,8 @@ func (c *call) mount(ctx context.Context, dir string, ready func()) error {
 	return c.withRepo(ctx, func(r *store.Repo) error {
 		tree := fs.New(r)
 		defer tree.Close()
+		// It runs for days, beside what else the machine does: memory is worth more here than the CPU for collecting it.
+		debug.SetGCPercent(40)
 		s, err := fuse.Mount(dir, tree, fuse.Options{
 			AllowOther: c.Bool("allow-other"),
 			Log:        func(text string) { c.progress.warn("%s", text) },

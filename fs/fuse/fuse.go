@@ -91,7 +91,11 @@ func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 	// It is mounted: requests wait for their answers. Nothing here may ask for one itself, as
 	// WaitMount does: should this process be killed at that moment, the kernel waits for ever for
 	// the answer, and the process does not go (seen 2026-11-21).
-	go s.Serve()
+	c.trim = newTrimmer()
+	go func() {
+		s.Serve()
+		c.trim.end()
+	}()
 	if err := raiseReadAhead(at); err != nil && opt.Log != nil {
 		opt.Log(fmt.Sprintf("read-ahead stays small: %v", err))
 	}
@@ -131,7 +135,10 @@ func (s *Server) Unmount(force bool) error {
 }
 
 // conn is what all nodes of a mount share.
-type conn struct{ log func(string) }
+type conn struct {
+	log  func(string)
+	trim *trimmer
+}
 
 // uninterrupted leaves out that the caller got a signal meanwhile. Programs that have timers or signals of their own,
 // QEMU for one, do not expect EINTR from a file system and give up; all that is done with ctx is short.
@@ -272,6 +279,9 @@ func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (
 		node = &fileNode{conn: n.conn, file: child}
 	default:
 		node = &specialNode{conn: n.conn, node: child}
+	}
+	if a.Guest != nil && a.Kind != fs.KindDir { // to lose a directory that somebody works in would be noticed
+		n.conn.trim.saw(n.EmbeddedInode(), name)
 	}
 	return n.NewInode(ctx, node, gofs.StableAttr{Mode: modeOf(a.Kind), Ino: a.Inode}), 0
 }
