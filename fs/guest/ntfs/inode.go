@@ -174,7 +174,13 @@ func (f *FS) listed(i *inode, e []byte, own record) error {
 	if len(i.attrs) >= maxAttrs {
 		return guest.Damaged("record %d of the MFT: more than %d attributes", i.number, maxAttrs)
 	}
-	h, err := f.attribute(i.number, ref, kind, id, own)
+	var h header
+	var err error
+	if ref == i.number {
+		h, err = own.attribute(kind, id)
+	} else {
+		h, err = f.attribute(i.number, ref, kind, id)
+	}
 	if err != nil {
 		return err
 	}
@@ -201,30 +207,18 @@ func (i *inode) further(e []byte, p part) error {
 	return guest.Damaged("record %d of the MFT: its attribute list is out of order", i.number)
 }
 
-// attribute finds an attribute of a file in one of its records; own is the base record, when that is at hand.
-func (f *FS) attribute(base, ref int64, kind uint32, id uint16, own record) (header, error) {
-	r := own
-	if ref != base || own == nil {
-		var err error
-		if r, err = f.record(ref); err != nil {
-			return nil, guest.Damaged("record %d of the MFT, of file %d: %v", ref, base, err)
-		}
-		if ref != base && r.base() != base {
-			return nil, guest.Damaged("record %d of the MFT does not belong to file %d", ref, base)
-		}
+// attribute finds an attribute of a file in one of its records, of which it gives a copy.
+func (f *FS) attribute(base, ref int64, kind uint32, id uint16) (header, error) {
+	r, err := f.record(ref)
+	if err != nil {
+		return nil, guest.Damaged("record %d of the MFT, of file %d: %v", ref, base, err)
 	}
-	var found header
-	err := r.attributes(func(h header) bool {
-		if h.kind() == kind && h.id() == id {
-			found = h
-		}
-		return found == nil
-	})
-	if err == nil && found == nil {
-		err = guest.Damaged("record %d of the MFT: no attribute %#x with id %d", ref, kind, id)
+	if ref != base && r.base() != base {
+		return nil, guest.Damaged("record %d of the MFT does not belong to file %d", ref, base)
 	}
-	if own == nil || ref != base {
-		found = slices.Clone(found)
+	h, err := r.attribute(kind, id)
+	if err != nil {
+		return nil, fmt.Errorf("record %d of the MFT: %w", ref, err)
 	}
-	return found, err
+	return slices.Clone(h), nil
 }

@@ -154,7 +154,7 @@ func (f *FS) runsMFT(data *attr) ([]run, error) {
 			if !r.whole() || fixup(r) != nil || r.base() != 0 {
 				return nil, guest.Damaged("record %d of the MFT, of its own", p.record)
 			}
-			h, err := f.attribute(0, p.record, attrData, p.id, r)
+			h, err := r.attribute(attrData, p.id)
 			if err == nil {
 				p, err = h.part(p.record)
 			}

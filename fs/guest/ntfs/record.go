@@ -131,3 +131,18 @@ func (r record) attributes(yield func(header) bool) error {
 		b = b[n:]
 	}
 }
+
+// attribute finds the attribute with that type and id.
+func (r record) attribute(kind uint32, id uint16) (header, error) {
+	var found header
+	err := r.attributes(func(h header) bool {
+		if h.kind() == kind && h.id() == id {
+			found = h
+		}
+		return found == nil
+	})
+	if err == nil && found == nil {
+		err = guest.Damaged("no attribute %#x with id %d", kind, id)
+	}
+	return found, err
+}

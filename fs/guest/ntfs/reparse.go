@@ -197,7 +197,7 @@ func (f *FS) names(i *inode, yield func(fileName) bool) error {
 		}
 	}
 	for _, r := range i.names {
-		h, err := f.attribute(i.number, r.record, attrFileName, r.id, nil)
+		h, err := f.attribute(i.number, r.record, attrFileName, r.id)
 		if err != nil {
 			return err
 		}

@@ -56,7 +56,7 @@ func covering(runs []run, kind uint32, vcn int64) ([]run, error) {
 
 func (f *FS) decode(a *attr, p part) ([]run, error) {
 	if p.pairs == nil {
-		h, err := f.attribute(a.base, p.record, a.kind, p.id, nil)
+		h, err := f.attribute(a.base, p.record, a.kind, p.id)
 		if err != nil {
 			return nil, err
 		}
