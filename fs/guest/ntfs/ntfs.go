@@ -15,7 +15,6 @@ type FS struct {
 	geo     geometry
 	info    guest.Info
 	root    guest.Ino
-	clean   bool // nothing says that the volume was in use
 	records int64
 	mirror  [mirrored]record // copies of the first records, or nil
 	upcase  upcase
@@ -90,7 +89,6 @@ func (f *FS) openMFT(size int64) error {
 		if r = f.mirror[0]; r == nil {
 			return guest.Damaged("the first record of the MFT and its copy")
 		}
-		f.warn("the first record of the MFT is damaged: its copy in $MFTMirr is used")
 	}
 	i := &inode{}
 	if err := i.parse(r); err != nil {
@@ -114,6 +112,11 @@ func (f *FS) openMFT(size int64) error {
 	valid := min(data.size, data.valid)
 	f.records = valid / f.geo.record
 	f.pieces = guest.NewCache(mftDevice{s, valid}, pieceSize, size)
+	for n := range min(f.records, mirrored) {
+		if r, err := f.own(n); err == nil && !r.whole() && f.mirror[n] != nil {
+			f.warn(fmt.Sprintf("record %d of the MFT is damaged: its copy in $MFTMirr is used", n))
+		}
+	}
 	return nil
 }
 
@@ -196,7 +199,6 @@ func (f *FS) describe() {
 	f.info.Type, f.info.Block = "ntfs", f.geo.cluster
 	f.info.Size = f.geo.sectors * f.geo.sector
 	f.info.UUID = fmt.Sprintf("%016X", f.geo.serial)
-	f.clean = true
 	for _, look := range []struct {
 		what string
 		at   func() error
@@ -204,12 +206,10 @@ func (f *FS) describe() {
 		{"$UpCase", f.readUpcase}, {"$Volume", f.readVolume}, {"$LogFile", f.readLog}, {"$Secure", f.readSecure}, {"hiberfil.sys", f.readHibernation},
 	} {
 		if err := look.at(); err != nil {
-			f.clean = false
 			f.warn(fmt.Sprintf("%s: %v", look.what, err))
 		}
 	}
 	if f.info.Size > f.dev.Size() {
-		f.clean = false
 		f.warn(fmt.Sprintf("the volume is %d bytes, and its device %d", f.info.Size, f.dev.Size()))
 	}
 }
@@ -260,7 +260,6 @@ func (f *FS) readVolume() error {
 	}
 	const dirty = 1
 	if le.Uint16(b[10:])&dirty != 0 {
-		f.clean = false
 		f.warn("the volume is marked as dirty: Windows would check it")
 	}
 	return nil
@@ -292,7 +291,6 @@ func (f *FS) readHibernation() error {
 		_, err = content.ReadAt(head, 0)
 	}
 	if bytes.EqualFold(head, []byte("hibr")) {
-		f.clean = false
 		f.warn("Windows was hibernated on this volume: changes that it had in memory are not on the disk")
 	}
 	return err
