@@ -73,5 +73,6 @@ func TestTree(t *testing.T) {
 	if testing.Short() {
 		tree = guesttest.Tree{Seed: 1, Files: 1000, Names: 500, Big: 4 << 20}
 	}
-	same(t, filled(t, tree, 3<<30, ""), "")
+	image := filled(t, tree, 3<<30, "")
+	same(t, image, "")
 }

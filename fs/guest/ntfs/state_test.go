@@ -148,17 +148,59 @@ func TestHibernated(t *testing.T) {
 
 // dirtyAt is where in the record of $Volume its flags are.
 func dirtyAt(t *testing.T, f *FS) int64 {
+	at, h := headerAt(t, f, recordVolume, attrVolInfo)
+	return at + int64(le.Uint16(h[0x14:])) + 10
+}
+
+// headerAt gives the first attribute of a type, and where in its record it is.
+func headerAt(t *testing.T, f *FS, n int64, kind uint32) (at int64, found header) {
 	t.Helper()
-	r, err := f.record(recordVolume)
+	r, err := f.record(n)
 	must(t, err)
-	at := int64(-1)
 	must(t, r.attributes(func(h header) bool {
-		if h.kind() == attrVolInfo {
-			at = int64(cap(r)-cap(h)) + int64(le.Uint16(h[0x14:])) + 10
+		if h.kind() == kind {
+			at, found = int64(cap(r)-cap(h)), h
 		}
-		return true
+		return found == nil
 	}))
-	return at
+	if found == nil {
+		t.Fatalf("record %d has no attribute %#x", n, kind)
+	}
+	return at, found
+}
+
+// TestValidLength has a file of which only a part was ever written: behind it are zeros, whatever the clusters have.
+func TestValidLength(t *testing.T) {
+	image := volume(t, 64<<20)
+	dir, unmount := guesttest.MountNTFS(t, image, "")
+	for _, p := range []string{"/file", "/secret"} {
+		must(t, os.WriteFile(dir+p, bytes.Repeat([]byte("written "), 12500), 0o644))
+	}
+	unmount()
+	f := open(t, image)
+	place := func(p string) int64 {
+		n := int64(lookup(t, f, p) & refMask)
+		at, _ := headerAt(t, f, n, attrData)
+		return f.geo.mft*f.geo.cluster + n*f.geo.record + at
+	}
+	for _, valid := range []uint64{0, 1, 4095, 4096, 50001, 99999} {
+		shorter := patch(t, image, place("file")+0x38, le.AppendUint64(nil, valid))
+		same(t, shorter, "")
+		s := open(t, shorter)
+		content, err := s.Open(lookup(t, s, "file"))
+		must(t, err)
+		if sum := extent.Total(collect(t, content.Allocated(1))); sum != int64(valid) {
+			t.Errorf("%d of %d bytes are allocated", sum, valid)
+		}
+	}
+	e := open(t, patch(t, image, place("secret")+0x0c, []byte{0, encrypted >> 8}))
+	if _, err := e.Open(lookup(t, e, "secret")); !errors.Is(err, guest.ErrUnsupported) {
+		t.Error(err)
+	}
+	// Another file has the record now.
+	if _, err := f.Stat(lookup(t, f, "file") + 1<<48); !errors.Is(err, guest.ErrDamaged) {
+		t.Error(err)
+	}
 }
 
 func logAt(t *testing.T, f *FS) int64 {
