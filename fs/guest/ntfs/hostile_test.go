@@ -2,16 +2,12 @@ package ntfs
 
 import (
 	"bytes"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
@@ -23,43 +19,6 @@ type memory []byte
 func (m memory) Size() int64 { return int64(len(m)) }
 func (m memory) ReadAt(p []byte, off int64) (int, error) {
 	return bytes.NewReader(m).ReadAt(p, off)
-}
-
-// tiny makes a volume of 4 MiB with something of all kinds.
-func tiny(t *testing.T) memory {
-	t.Helper()
-	image := volume(t, 4<<20, "-c", "512")
-	dir, unmount := guesttest.MountNTFS(t, image, "compression,permissions")
-	rng := rand.New(rand.NewPCG(9, 9))
-	d := dir + "/compressed"
-	must(t, os.Mkdir(d, 0o755))
-	must(t, unix.Setxattr(d, "system.ntfs_attrib_be", binary.BigEndian.AppendUint32(nil, 0x820), 0))
-	must(t, os.WriteFile(d+"/file", []byte(strings.Repeat("some text ", 4000)), 0o644))
-	must(t, os.WriteFile(d+"/mixed", mixed(rng, 90000), 0o644))
-	must(t, os.MkdirAll(dir+"/a/b/c", 0o755))
-	for i := range 40 {
-		must(t, os.WriteFile(fmt.Sprintf("%s/a/%d %s", dir, i, strings.Repeat("n", 60)), mixed(rng, i*40), 0o644))
-	}
-	for i := range 12 {
-		must(t, os.Link(dir+"/compressed/mixed", fmt.Sprintf("%s/a/b/%d %s", dir, i, strings.Repeat("l", 100))))
-		must(t, unix.Setxattr(dir+"/compressed/mixed", fmt.Sprint("user.", i), mixed(rng, i*30), 0))
-	}
-	must(t, os.Symlink("a/b", dir+"/link"))
-	w, err := os.Create(dir + "/sparse")
-	must(t, err)
-	for i := range int64(150) {
-		_, err := w.WriteAt([]byte("x"), i*1024)
-		must(t, err)
-	}
-	must(t, w.Close())
-	must(t, os.WriteFile(dir+"/wof", nil, 0o644))
-	must(t, unix.Setxattr(dir+"/wof", "user."+wofStream, mixed(rng, 3000), 0))
-	must(t, os.Truncate(dir+"/wof", 20000))
-	must(t, unix.Setxattr(dir+"/wof", "system.ntfs_reparse_data", wofReparse(1), 0))
-	unmount()
-	b, err := os.ReadFile(image)
-	must(t, err)
-	return b
 }
 
 // mutate changes some bytes of a disk where there are any, and gives what puts them back.
@@ -91,11 +50,13 @@ func mutate(m memory, used []int, rng *rand.Rand) (restore func()) {
 	}
 }
 
-// metadata are the sectors of a disk that are not a file's content: of records and of nodes.
+// metadata are the sectors of a disk that have something, those of records and of nodes several times.
 func metadata(m memory) (used []int) {
 	for at := 0; at+1024 <= len(m); at += 512 {
 		if head := m[at : at+4]; bytes.Equal(head, []byte("FILE")) || bytes.Equal(head, []byte("INDX")) {
-			used = append(used, at/512, at/512+1)
+			used = append(used, at/512, at/512+1, at/512, at/512+1, at/512, at/512+1)
+		} else if bytes.Count(m[at:at+512], []byte{0}) < 512 {
+			used = append(used, at/512)
 		}
 	}
 	return append(used, 0)
@@ -139,7 +100,7 @@ func visit(t testing.TB, dev guest.Device) {
 }
 
 func TestHostile(t *testing.T) {
-	m := tiny(t)
+	m := goldenDisk(t)
 	used := metadata(m)
 	rounds := 700
 	if testing.Short() {
@@ -160,15 +121,12 @@ func TestHostile(t *testing.T) {
 }
 
 func FuzzVolume(f *testing.F) {
-	if testing.Short() {
-		f.Skip("makes a volume")
-	}
 	var m memory
 	var used []int
 	f.Add(uint64(1), uint64(2))
 	f.Fuzz(func(t *testing.T, a, b uint64) {
 		if m == nil {
-			m = tiny(t)
+			m = goldenDisk(t)
 			used = metadata(m)
 		}
 		restore := mutate(m, used, rand.New(rand.NewPCG(a, b)))

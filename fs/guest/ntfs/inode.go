@@ -15,6 +15,7 @@ type inode struct {
 	dir      bool
 	std      standard
 	attrs    []attr
+	held     int64     // bytes of attributes that an attribute list has elsewhere
 	names    []nameRef // where names are that an attribute list has elsewhere
 }
 
@@ -33,6 +34,7 @@ type nameRef struct {
 const (
 	maxList  = 256 << 10 // bytes of an attribute list, which is also what Windows allows
 	maxAttrs = 1 << 14   // of a file
+	maxHeld  = 4 << 20   // bytes of a file's attributes
 )
 
 // inode loads the file that a reference names; its sequence number is not looked at when it is 0.
@@ -54,12 +56,9 @@ func (f *FS) inode(ino guest.Ino) (*inode, error) {
 
 // cost is about the memory that an inode takes, bytes.
 func (i *inode) cost(record int64) int64 {
-	n := 256 + record + int64(len(i.names))*16
+	n := 256 + record + i.held + int64(len(i.names))*16
 	for _, a := range i.attrs {
-		n += 192 + int64(len(a.parts))*64
-		if i.number != 0 && len(a.parts) > 1 {
-			n += record
-		}
+		n += 192 + int64(len(a.name)) + int64(len(a.parts))*64
 	}
 	return n
 }
@@ -171,8 +170,8 @@ func (f *FS) listed(i *inode, e []byte, own record) error {
 	if low := int64(le.Uint64(e[8:])); low != 0 {
 		return i.further(e, part{low: low, high: -1, record: ref, id: id})
 	}
-	if len(i.attrs) >= maxAttrs {
-		return guest.Damaged("record %d of the MFT: more than %d attributes", i.number, maxAttrs)
+	if len(i.attrs) >= maxAttrs || i.held > maxHeld {
+		return guest.Damaged("record %d of the MFT: %d attributes of %d bytes", i.number, len(i.attrs), i.held)
 	}
 	var h header
 	var err error
@@ -180,6 +179,7 @@ func (f *FS) listed(i *inode, e []byte, own record) error {
 		h, err = own.attribute(kind, id)
 	} else {
 		h, err = f.attribute(i.number, ref, kind, id)
+		i.held += int64(len(h))
 	}
 	if err != nil {
 		return err
