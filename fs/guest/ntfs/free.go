@@ -16,7 +16,7 @@ func (f *FS) Free() iter.Seq2[extent.Extent, error] {
 		}
 		i, err := f.inode(recordBitmap)
 		if err == nil {
-			if a := i.find(attrData, ""); a == nil || min(a.size, a.valid) < (f.geo.clusters+7)/8 || a.flags&(compressMask|encrypted) != 0 {
+			if a := i.find(attrData, ""); a == nil || min(a.size, a.valid) < (f.geo.clusters+7)/8 || !a.plain() {
 				err = guest.Damaged("$Bitmap")
 			} else {
 				err = f.free(f.stream(a), yield)

@@ -102,7 +102,7 @@ func visit(t testing.TB, dev guest.Device) {
 func TestHostile(t *testing.T) {
 	m := goldenDisk(t)
 	used := metadata(m)
-	rounds := 700
+	rounds := 400
 	if testing.Short() {
 		rounds = 100
 	}

@@ -123,7 +123,7 @@ func (s *stream) all(limit int64) ([]byte, error) {
 	if s.a.size > limit {
 		return nil, guest.Damaged("attribute %#x: %d bytes", s.a.kind, s.a.size)
 	}
-	if s.a.flags&(compressMask|encrypted) != 0 {
+	if !s.a.plain() {
 		return nil, guest.Unsupported("attribute %#x: compressed or encrypted", s.a.kind)
 	}
 	b := make([]byte, s.a.size)
