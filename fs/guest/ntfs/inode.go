@@ -1,6 +1,7 @@
 package ntfs
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -148,27 +149,31 @@ func (f *FS) loadList(i *inode, list *attr, own record) error {
 		}
 	}
 	i.attrs = nil
+	rest := further{}
 	for len(b) >= listEntry {
 		n := int(le.Uint16(b[4:]))
 		if n < listEntry || n > len(b) {
 			return guest.Damaged("record %d of the MFT: an entry of %d bytes in its attribute list", i.number, n)
 		}
-		if err := f.listed(i, b[:n], own); err != nil {
+		if err := f.listed(i, b[:n], own, rest); err != nil {
 			return err
 		}
 		b = b[n:]
 	}
+	if err := rest.attach(i.attrs); err != nil {
+		return fmt.Errorf("record %d of the MFT: %w", i.number, err)
+	}
 	return nil
 }
 
-func (f *FS) listed(i *inode, e []byte, own record) error {
+func (f *FS) listed(i *inode, e []byte, own record, rest further) error {
 	kind, ref, id := le.Uint32(e), int64(le.Uint64(e[0x10:])&refMask), le.Uint16(e[0x18:])
 	if kind == attrFileName {
 		i.names = append(i.names, nameRef{ref, id})
 		return nil
 	}
-	if low := int64(le.Uint64(e[8:])); low != 0 {
-		return i.further(e, part{low: low, high: -1, record: ref, id: id})
+	if le.Uint64(e[8:]) != 0 {
+		return rest.add(e)
 	}
 	if len(i.attrs) >= maxAttrs || i.held > maxHeld {
 		return guest.Damaged("record %d of the MFT: %d attributes of %d bytes", i.number, len(i.attrs), i.held)
@@ -192,19 +197,47 @@ func (f *FS) listed(i *inode, e []byte, own record) error {
 	return nil
 }
 
-// further adds a part to the attribute that it belongs to: the one listed last, for a list is in order.
-func (i *inode) further(e []byte, p part) error {
-	if len(i.attrs) > 0 {
-		a := &i.attrs[len(i.attrs)-1]
-		last := a.parts
-		if a.kind == le.Uint32(e) && !a.resident && last[len(last)-1].low < p.low {
-			if n, off := 2*int(e[6]), int(e[7]); off+n <= len(e) && text(e[off:off+n]) == a.name {
-				a.parts = append(a.parts, p)
-				return nil
+// further are the parts but the first of what an attribute list names, in whatever order it does so.
+type further map[attrKey][]part
+
+type attrKey struct {
+	kind uint32
+	name string
+}
+
+// add takes an entry of a list that is such a part.
+func (f further) add(e []byte) error {
+	n, off := 2*int(e[6]), int(e[7])
+	if off+n > len(e) {
+		return guest.Damaged("an attribute list with a name past the end of its entry")
+	}
+	key := attrKey{le.Uint32(e), text(e[off : off+n])}
+	f[key] = append(f[key], part{low: int64(le.Uint64(e[8:])), high: -1, record: int64(le.Uint64(e[0x10:]) & refMask), id: le.Uint16(e[0x18:])})
+	return nil
+}
+
+// attach gives the attributes their further parts, by their clusters. Parts of what has no first are damage.
+func (f further) attach(attrs []attr) error {
+	for n := range attrs {
+		a := &attrs[n]
+		key := attrKey{a.kind, a.name}
+		parts := f[key]
+		if len(parts) == 0 || a.resident {
+			continue
+		}
+		delete(f, key)
+		slices.SortFunc(parts, func(a, b part) int { return cmp.Compare(a.low, b.low) })
+		for i, p := range parts {
+			if p.low <= 0 || i > 0 && p.low == parts[i-1].low {
+				return guest.Damaged("an attribute list with two parts from cluster %d on", p.low)
 			}
 		}
+		a.parts = append(a.parts, parts...)
 	}
-	return guest.Damaged("record %d of the MFT: its attribute list is out of order", i.number)
+	if len(f) > 0 {
+		return guest.Damaged("an attribute list with parts of what is not there")
+	}
+	return nil
 }
 
 // attribute finds an attribute of a file in one of its records, of which it gives a copy.

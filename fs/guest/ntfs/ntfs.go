@@ -126,22 +126,21 @@ func (f *FS) listedMFT(list, data *attr) (*attr, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := *data
-	i := &inode{attrs: []attr{all}}
+	rest := further{}
 	for len(b) >= listEntry {
 		n := int(le.Uint16(b[4:]))
 		if n < listEntry || n > len(b) {
 			return nil, guest.Damaged("$MFT: an entry of %d bytes in its attribute list", n)
 		}
-		if low := int64(le.Uint64(b[8:])); le.Uint32(b) == attrData && low != 0 {
-			p := part{low: low, high: -1, record: int64(le.Uint64(b[0x10:]) & refMask), id: le.Uint16(b[0x18:])}
-			if err := i.further(b[:n], p); err != nil {
+		if le.Uint32(b) == attrData && le.Uint64(b[8:]) != 0 {
+			if err := rest.add(b[:n]); err != nil {
 				return nil, err
 			}
 		}
 		b = b[n:]
 	}
-	return &i.attrs[0], nil
+	all := []attr{*data}
+	return &all[0], rest.attach(all)
 }
 
 // runsMFT collects the runs of $MFT: what a part says is in a record that the parts before it have.

@@ -69,7 +69,7 @@ func filled(t *testing.T, tree guesttest.Tree, size int64, mount string, options
 }
 
 func TestTree(t *testing.T) {
-	tree := guesttest.Tree{Seed: 1}
+	tree := guesttest.Tree{Seed: 1, Big: 16 << 20}
 	if testing.Short() {
 		tree = guesttest.Tree{Seed: 1, Files: 1000, Names: 500, Big: 4 << 20}
 	}
