@@ -35,7 +35,7 @@ func TestVectors(t *testing.T) {
 // TestStoredLZX has a block that is not compressed, as wimlib makes none of so few bytes: its type and size in 20 bits, three distances, the bytes.
 func TestStoredLZX(t *testing.T) {
 	var src []byte
-	bits := uint32(lzxUncompact)<<29 | 5<<12
+	bits := uint32(lzxStored)<<29 | 5<<12
 	src = le.AppendUint16(src, uint16(bits>>16))
 	src = le.AppendUint16(src, uint16(bits))
 	for _, distance := range []uint32{1, 1, 1} {
