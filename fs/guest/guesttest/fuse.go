@@ -1,7 +1,6 @@
 package guesttest
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -21,11 +20,22 @@ import (
 func MountNTFS(t testing.TB, image, options string) (dir string, unmount func()) {
 	t.Helper()
 	dir = t.TempDir()
-	var out bytes.Buffer
+	// A file, since a pipe would be waited for until its last heir ends.
+	out, err := os.Create(t.TempDir() + "/log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	before := device(t, dir)
 	cmd := exec.Command("ntfs-3g", "-o", "no_detach,"+options, image, dir)
-	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
+	}
+	fail := func(err error) {
+		t.Helper()
+		text, _ := os.ReadFile(out.Name())
+		t.Fatalf("ntfs-3g: %v\n%s", err, text)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
@@ -40,15 +50,19 @@ func MountNTFS(t testing.TB, image, options string) (dir string, unmount func())
 			t.Fatalf("umount: %v\n%s", err, text)
 		}
 		// It writes after the kernel let go.
-		if err := <-ended; err != nil {
-			t.Fatalf("ntfs-3g: %v\n%s", err, &out)
+		select {
+		case err := <-ended:
+			if err != nil {
+				fail(err)
+			}
+		case <-time.After(time.Minute):
+			fail(errors.New("does not end"))
 		}
 	}
-	before := device(t, dir)
 	for device(t, dir) == before {
 		select {
 		case err := <-ended:
-			t.Fatalf("ntfs-3g: %v\n%s", err, &out)
+			fail(fmt.Errorf("ended early: %v", err))
 		case <-time.After(10 * time.Millisecond):
 		}
 	}

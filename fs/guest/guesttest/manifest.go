@@ -248,6 +248,9 @@ func kernelXattrs(full string) ([]guest.Xattr, error) {
 		}
 		value := make([]byte, 64<<10)
 		n, err := unix.Lgetxattr(full, name, value)
+		if errors.Is(err, unix.E2BIG) {
+			continue // ntfs-3g lists streams that are larger than an attribute of Linux can be
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}

@@ -104,22 +104,21 @@ func (h header) parse(base, rec int64) (attr, error) {
 		return a, guest.Damaged("attribute %#x: sizes %d, %d, %d", a.kind, a.allocated, a.size, a.valid)
 	}
 	a.packed = a.allocated
-	if a.flags&(compressMask|sparse) != 0 && len(h) >= 0x48 {
+	if a.flags&(compressMask|sparse) != 0 && le.Uint16(h[0x20:]) >= 0x48 && len(h) >= 0x48 {
 		a.packed = int64(le.Uint64(h[0x40:]))
 	}
-	return a, a.setUnit(h[0x22])
+	// Without a unit the flag says what new files are to be, as that of a directory's index does.
+	if shift := h[0x22]; a.flags&compressMask != 0 && shift != 0 {
+		if shift > 8 {
+			return a, guest.Damaged("attribute %#x: a compression unit of 2^%d clusters", a.kind, shift)
+		}
+		a.unit = 1 << shift
+	}
+	return a, nil
 }
 
-func (a *attr) setUnit(shift byte) error {
-	if a.flags&compressMask == 0 {
-		return nil
-	}
-	if shift == 0 || shift > 8 {
-		return guest.Damaged("attribute %#x: a compression unit of 2^%d clusters", a.kind, shift)
-	}
-	a.unit = 1 << shift
-	return nil
-}
+// plain reports whether the clusters have the value as it is.
+func (a *attr) plain() bool { return a.unit == 0 && a.flags&encrypted == 0 }
 
 // part reads where the mapping pairs of a header are.
 func (h header) part(rec int64) (part, error) {

@@ -1,6 +1,7 @@
 package ntfs
 
 import (
+	"errors"
 	"iter"
 	"strings"
 
@@ -67,7 +68,28 @@ func (f *FS) Lookup(dir guest.Ino, name string) (guest.Ino, error) {
 	if err != nil {
 		return 0, err
 	}
-	return guest.Ino(le.Uint64(e.head)), nil
+	ino := guest.Ino(le.Uint64(e.head))
+	return ino, f.child(x.number, ino)
+}
+
+// child makes sure that a directory which is found in another is known to be there: otherwise directories could go in a circle.
+func (f *FS) child(dir int64, ino guest.Ino) error {
+	i, err := f.inode(ino)
+	if errors.Is(err, guest.ErrNotExist) {
+		return guest.Damaged("record %d of the MFT is in a directory, and not in use", ino&refMask)
+	}
+	if err != nil || !i.dir || ino&refMask < recordFirstUser && dir == recordRoot {
+		return err
+	}
+	known := false
+	err = f.names(i, func(n fileName) bool {
+		known = int64(n.dir()&refMask) == dir
+		return !known
+	})
+	if err == nil && !known {
+		err = guest.Damaged("directory %d does not know that it is in directory %d", i.number, dir)
+	}
+	return err
 }
 
 // ReadDir implements guest.FS. The names come in the order of Windows.
@@ -82,7 +104,7 @@ func (f *FS) ReadDir(dir guest.Ino, from uint64) iter.Seq2[guest.Entry, error] {
 		if err == nil {
 			stopped := false
 			err = x.walk(after, func(number int64, e entry) bool {
-				listed, ok, err := f.listing(e)
+				listed, ok, err := f.listing(x.number, e)
 				if err != nil {
 					bad = err // for the end: the others are good
 				}
@@ -123,7 +145,7 @@ func (x *index) at(cookie uint64) ([]byte, error) {
 }
 
 // listing makes what is listed of an entry; ok is false for what is not.
-func (f *FS) listing(e entry) (listed guest.Entry, ok bool, err error) {
+func (f *FS) listing(dir int64, e entry) (listed guest.Entry, ok bool, err error) {
 	n := fileName(e.key)
 	if !n.ok() {
 		return listed, false, guest.Damaged("an entry of a directory without a name")
@@ -144,5 +166,10 @@ func (f *FS) listing(e entry) (listed guest.Entry, ok bool, err error) {
 	case flags&flagSystem == 0:
 		listed.Type = guest.ModeRegular
 	}
-	return listed, true, nil
+	if listed.Type != guest.ModeRegular {
+		if _, loadErr := f.inode(ino); loadErr == nil { // else Stat tells
+			err = f.child(dir, ino)
+		}
+	}
+	return listed, err == nil, err
 }

@@ -11,7 +11,8 @@
 //   - Alternate data streams, as [FS.Streams] and, where their value is at most 64 KiB, as "user." attributes: both are what ntfs-3g shows.
 //   - Symbolic links, junctions, those of WSL, and the special files of Interix, which ntfs-3g writes too.
 //   - Security descriptors (of $Secure, or the file's own) and other things of Windows as the "system.ntfs_" attributes of ntfs-3g,
-//     which that hides from a listing: ntfs_acl, ntfs_attrib, ntfs_dos_name, ntfs_ea, ntfs_object_id, ntfs_reparse_data, ntfs_times.
+//     which that hides from a listing: ntfs_acl, ntfs_attrib, ntfs_dos_name, ntfs_ea, ntfs_object_id (the
+//     16 bytes of the file itself), ntfs_reparse_data, ntfs_times.
 //
 // # How it shows them
 //

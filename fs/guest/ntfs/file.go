@@ -18,7 +18,7 @@ func (f *FS) file(a *attr) (guest.File, error) {
 	switch {
 	case a.flags&encrypted != 0:
 		return nil, guest.Unsupported("a file that Windows encrypted (EFS)")
-	case !a.resident && a.flags&compressMask != 0 && a.flags&compressMask != compressLZNT1:
+	case a.unit != 0 && a.flags&compressMask != compressLZNT1:
 		return nil, guest.Unsupported("compression %d", a.flags&compressMask)
 	}
 	return file{f.stream(a)}, nil
@@ -37,7 +37,7 @@ func (f file) ReadAt(p []byte, off int64) (int, error) {
 	// What lies behind the valid length is zeros, whatever is on the disk.
 	valid := int(max(0, min(int64(n), a.valid-off)))
 	var err error
-	if a.unit > 0 && !a.resident {
+	if a.unit > 0 {
 		err = f.s.readUnits(p[:valid], off)
 	} else {
 		err = f.s.read(p[:valid], off)

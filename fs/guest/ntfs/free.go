@@ -7,16 +7,16 @@ import (
 	"github.com/holdfast-backup/holdfast/store/extent"
 )
 
-// Free implements guest.Freer: the clusters that $Bitmap has as free. A volume that Windows did not let go of is refused.
+// Free implements guest.Freer: the clusters that $Bitmap has as free. A volume with warnings is refused.
 func (f *FS) Free() iter.Seq2[extent.Extent, error] {
 	return func(yield func(extent.Extent, error) bool) {
-		if !f.clean {
-			yield(extent.Extent{}, guest.Unsupported("what is free on a volume that was not shut down cleanly"))
+		if len(f.info.Warnings) > 0 {
+			yield(extent.Extent{}, guest.Unsupported("what is free on a volume of which not all is well: %s", f.info.Warnings[0]))
 			return
 		}
 		i, err := f.inode(recordBitmap)
 		if err == nil {
-			if a := i.find(attrData, ""); a == nil || min(a.size, a.valid) < (f.geo.clusters+7)/8 || a.flags&(compressMask|encrypted) != 0 {
+			if a := i.find(attrData, ""); a == nil || min(a.size, a.valid) < (f.geo.clusters+7)/8 || !a.plain() {
 				err = guest.Damaged("$Bitmap")
 			} else {
 				err = f.free(f.stream(a), yield)

@@ -48,7 +48,7 @@ func (f *FS) index(i *inode, name string, compare func(a, b []byte) int) (*index
 	if err := x.top.check(); err != nil {
 		return nil, err
 	}
-	if a := i.find(attrIndex, name); a != nil && !a.resident && a.flags&(compressMask|encrypted) == 0 {
+	if a := i.find(attrIndex, name); a != nil && !a.resident && a.plain() {
 		if !power(x.size, 512, maxRecord*4) {
 			return nil, guest.Damaged("record %d of the MFT: an index with nodes of %d bytes", i.number, x.size)
 		}

@@ -1,6 +1,7 @@
 package ntfs
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -15,6 +16,7 @@ type inode struct {
 	dir      bool
 	std      standard
 	attrs    []attr
+	held     int64     // bytes of attributes that an attribute list has elsewhere
 	names    []nameRef // where names are that an attribute list has elsewhere
 }
 
@@ -33,6 +35,7 @@ type nameRef struct {
 const (
 	maxList  = 256 << 10 // bytes of an attribute list, which is also what Windows allows
 	maxAttrs = 1 << 14   // of a file
+	maxHeld  = 4 << 20   // bytes of a file's attributes
 )
 
 // inode loads the file that a reference names; its sequence number is not looked at when it is 0.
@@ -54,12 +57,9 @@ func (f *FS) inode(ino guest.Ino) (*inode, error) {
 
 // cost is about the memory that an inode takes, bytes.
 func (i *inode) cost(record int64) int64 {
-	n := 256 + record + int64(len(i.names))*16
+	n := 256 + record + i.held + int64(len(i.names))*16
 	for _, a := range i.attrs {
-		n += 192 + int64(len(a.parts))*64
-		if i.number != 0 && len(a.parts) > 1 {
-			n += record
-		}
+		n += 192 + int64(len(a.name)) + int64(len(a.parts))*64
 	}
 	return n
 }
@@ -149,32 +149,43 @@ func (f *FS) loadList(i *inode, list *attr, own record) error {
 		}
 	}
 	i.attrs = nil
+	rest := further{}
 	for len(b) >= listEntry {
 		n := int(le.Uint16(b[4:]))
 		if n < listEntry || n > len(b) {
 			return guest.Damaged("record %d of the MFT: an entry of %d bytes in its attribute list", i.number, n)
 		}
-		if err := f.listed(i, b[:n], own); err != nil {
+		if err := f.listed(i, b[:n], own, rest); err != nil {
 			return err
 		}
 		b = b[n:]
 	}
+	if err := rest.attach(i.attrs); err != nil {
+		return fmt.Errorf("record %d of the MFT: %w", i.number, err)
+	}
 	return nil
 }
 
-func (f *FS) listed(i *inode, e []byte, own record) error {
+func (f *FS) listed(i *inode, e []byte, own record, rest further) error {
 	kind, ref, id := le.Uint32(e), int64(le.Uint64(e[0x10:])&refMask), le.Uint16(e[0x18:])
 	if kind == attrFileName {
 		i.names = append(i.names, nameRef{ref, id})
 		return nil
 	}
-	if low := int64(le.Uint64(e[8:])); low != 0 {
-		return i.further(e, part{low: low, high: -1, record: ref, id: id})
+	if le.Uint64(e[8:]) != 0 {
+		return rest.add(e)
 	}
-	if len(i.attrs) >= maxAttrs {
-		return guest.Damaged("record %d of the MFT: more than %d attributes", i.number, maxAttrs)
+	if len(i.attrs) >= maxAttrs || i.held > maxHeld {
+		return guest.Damaged("record %d of the MFT: %d attributes of %d bytes", i.number, len(i.attrs), i.held)
 	}
-	h, err := f.attribute(i.number, ref, kind, id, own)
+	var h header
+	var err error
+	if ref == i.number {
+		h, err = own.attribute(kind, id)
+	} else {
+		h, err = f.attribute(i.number, ref, kind, id)
+		i.held += int64(len(h))
+	}
 	if err != nil {
 		return err
 	}
@@ -186,45 +197,61 @@ func (f *FS) listed(i *inode, e []byte, own record) error {
 	return nil
 }
 
-// further adds a part to the attribute that it belongs to: the one listed last, for a list is in order.
-func (i *inode) further(e []byte, p part) error {
-	if len(i.attrs) > 0 {
-		a := &i.attrs[len(i.attrs)-1]
-		last := a.parts
-		if a.kind == le.Uint32(e) && !a.resident && last[len(last)-1].low < p.low {
-			if n, off := 2*int(e[6]), int(e[7]); off+n <= len(e) && text(e[off:off+n]) == a.name {
-				a.parts = append(a.parts, p)
-				return nil
-			}
-		}
-	}
-	return guest.Damaged("record %d of the MFT: its attribute list is out of order", i.number)
+// further are the parts but the first of what an attribute list names, in whatever order it does so.
+type further map[attrKey][]part
+
+type attrKey struct {
+	kind uint32
+	name string
 }
 
-// attribute finds an attribute of a file in one of its records; own is the base record, when that is at hand.
-func (f *FS) attribute(base, ref int64, kind uint32, id uint16, own record) (header, error) {
-	r := own
-	if ref != base || own == nil {
-		var err error
-		if r, err = f.record(ref); err != nil {
-			return nil, guest.Damaged("record %d of the MFT, of file %d: %v", ref, base, err)
-		}
-		if ref != base && r.base() != base {
-			return nil, guest.Damaged("record %d of the MFT does not belong to file %d", ref, base)
-		}
+// add takes an entry of a list that is such a part.
+func (f further) add(e []byte) error {
+	n, off := 2*int(e[6]), int(e[7])
+	if off+n > len(e) {
+		return guest.Damaged("an attribute list with a name past the end of its entry")
 	}
-	var found header
-	err := r.attributes(func(h header) bool {
-		if h.kind() == kind && h.id() == id {
-			found = h
+	key := attrKey{le.Uint32(e), text(e[off : off+n])}
+	f[key] = append(f[key], part{low: int64(le.Uint64(e[8:])), high: -1, record: int64(le.Uint64(e[0x10:]) & refMask), id: le.Uint16(e[0x18:])})
+	return nil
+}
+
+// attach gives the attributes their further parts, by their clusters. Parts of what has no first are damage.
+func (f further) attach(attrs []attr) error {
+	for n := range attrs {
+		a := &attrs[n]
+		key := attrKey{a.kind, a.name}
+		parts := f[key]
+		if len(parts) == 0 || a.resident {
+			continue
 		}
-		return found == nil
-	})
-	if err == nil && found == nil {
-		err = guest.Damaged("record %d of the MFT: no attribute %#x with id %d", ref, kind, id)
+		delete(f, key)
+		slices.SortFunc(parts, func(a, b part) int { return cmp.Compare(a.low, b.low) })
+		for i, p := range parts {
+			if p.low <= 0 || i > 0 && p.low == parts[i-1].low {
+				return guest.Damaged("an attribute list with two parts from cluster %d on", p.low)
+			}
+		}
+		a.parts = append(a.parts, parts...)
 	}
-	if own == nil || ref != base {
-		found = slices.Clone(found)
+	if len(f) > 0 {
+		return guest.Damaged("an attribute list with parts of what is not there")
 	}
-	return found, err
+	return nil
+}
+
+// attribute finds an attribute of a file in one of its records, of which it gives a copy.
+func (f *FS) attribute(base, ref int64, kind uint32, id uint16) (header, error) {
+	r, err := f.record(ref)
+	if err != nil {
+		return nil, guest.Damaged("record %d of the MFT, of file %d: %v", ref, base, err)
+	}
+	if ref != base && r.base() != base {
+		return nil, guest.Damaged("record %d of the MFT does not belong to file %d", ref, base)
+	}
+	h, err := r.attribute(kind, id)
+	if err != nil {
+		return nil, fmt.Errorf("record %d of the MFT: %w", ref, err)
+	}
+	return slices.Clone(h), nil
 }

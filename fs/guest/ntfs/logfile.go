@@ -50,7 +50,6 @@ func (f *FS) readLog() error {
 		first = second
 	}
 	if first.open {
-		f.clean = false
 		f.warn("the volume was not shut down cleanly: its log ($LogFile) may hold changes, and is not replayed")
 	}
 	return nil

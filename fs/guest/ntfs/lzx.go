@@ -4,7 +4,7 @@ import "github.com/holdfast-backup/holdfast/fs/guest"
 
 // LZX with a window of 32 KiB, as WOF and WIM images have it: [MS-PATCH] §2 with these differences, of which wimlib's and 7-Zip's
 // documents tell. Each chunk stands alone. There is no header: code of x86 is always translated, for a file of 12,000,000 bytes. A block says
-// by one bit that it is of 32 KiB, and else has its size in 16 bits. Block offsets of a match have no limits of their own.
+// by one bit that it is of 32 KiB, and else has its size in 16 bits.
 const (
 	lzxSlots    = 30
 	lzxMain     = 256 + 8*lzxSlots
@@ -13,9 +13,9 @@ const (
 	lzxAligned  = 8
 	lzxFileSize = 12000000
 
-	lzxVerbatim  = 1
-	lzxOffsets   = 2
-	lzxUncompact = 3
+	lzxVerbatim = 1
+	lzxOffsets  = 2
+	lzxStored   = 3
 )
 
 // lzxDecoder decompresses one chunk.
@@ -56,7 +56,7 @@ func (d *lzxDecoder) block() error {
 		return d.damaged()
 	}
 	switch kind {
-	case lzxUncompact:
+	case lzxStored:
 		return d.stored(size)
 	case lzxOffsets:
 		var lens [lzxAligned]byte
@@ -70,8 +70,8 @@ func (d *lzxDecoder) block() error {
 	default:
 		return d.damaged()
 	}
-	for _, part := range []struct{ lens []byte }{{d.mainLen[:256]}, {d.mainLen[256:]}, {d.lenLen[:]}} {
-		if err := d.lengths(part.lens); err != nil {
+	for _, lens := range [][]byte{d.mainLen[:256], d.mainLen[256:], d.lenLen[:]} {
+		if err := d.lengths(lens); err != nil {
 			return err
 		}
 	}
@@ -86,9 +86,9 @@ func (d *lzxDecoder) block() error {
 
 // stored copies a block that is not compressed ([MS-PATCH] §2.3.2.2): from the next word on, the recent distances and then the bytes.
 func (d *lzxDecoder) stored(size int) error {
-	// 1 to 16 bits are left out: what was taken in for less than a word more goes back.
+	// 1 to 16 bits are left out, up to the next word; whole words that were taken in ahead go back.
 	d.take(1)
-	from := d.at0()
+	from := d.unread()
 	head := 12
 	if from+head+size > len(d.src) {
 		return d.damaged()
@@ -102,8 +102,8 @@ func (d *lzxDecoder) stored(size int) error {
 	return nil
 }
 
-// at0 is the place of the first word of which no bit was used.
-func (r *bitReader) at0() int { return r.at - int(r.n/16)*2 }
+// unread is the place of the first word of which no bit was used.
+func (r *bitReader) unread() int { return r.at - int(r.n/16)*2 }
 
 // lengths reads the lengths of codes, as differences from those of the block before ([MS-PATCH] §2.4.1).
 func (d *lzxDecoder) lengths(lens []byte) error {

@@ -15,7 +15,6 @@ type FS struct {
 	geo     geometry
 	info    guest.Info
 	root    guest.Ino
-	clean   bool // nothing says that the volume was in use
 	records int64
 	mirror  [mirrored]record // copies of the first records, or nil
 	upcase  upcase
@@ -90,7 +89,6 @@ func (f *FS) openMFT(size int64) error {
 		if r = f.mirror[0]; r == nil {
 			return guest.Damaged("the first record of the MFT and its copy")
 		}
-		f.warn("the first record of the MFT is damaged: its copy in $MFTMirr is used")
 	}
 	i := &inode{}
 	if err := i.parse(r); err != nil {
@@ -114,6 +112,11 @@ func (f *FS) openMFT(size int64) error {
 	valid := min(data.size, data.valid)
 	f.records = valid / f.geo.record
 	f.pieces = guest.NewCache(mftDevice{s, valid}, pieceSize, size)
+	for n := range min(f.records, mirrored) {
+		if r, err := f.own(n); err == nil && !r.whole() && f.mirror[n] != nil {
+			f.warn(fmt.Sprintf("record %d of the MFT is damaged: its copy in $MFTMirr is used", n))
+		}
+	}
 	return nil
 }
 
@@ -123,22 +126,21 @@ func (f *FS) listedMFT(list, data *attr) (*attr, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := *data
-	i := &inode{attrs: []attr{all}}
+	rest := further{}
 	for len(b) >= listEntry {
 		n := int(le.Uint16(b[4:]))
 		if n < listEntry || n > len(b) {
 			return nil, guest.Damaged("$MFT: an entry of %d bytes in its attribute list", n)
 		}
-		if low := int64(le.Uint64(b[8:])); le.Uint32(b) == attrData && low != 0 {
-			p := part{low: low, high: -1, record: int64(le.Uint64(b[0x10:]) & refMask), id: le.Uint16(b[0x18:])}
-			if err := i.further(b[:n], p); err != nil {
+		if le.Uint32(b) == attrData && le.Uint64(b[8:]) != 0 {
+			if err := rest.add(b[:n]); err != nil {
 				return nil, err
 			}
 		}
 		b = b[n:]
 	}
-	return &i.attrs[0], nil
+	all := []attr{*data}
+	return &all[0], rest.attach(all)
 }
 
 // runsMFT collects the runs of $MFT: what a part says is in a record that the parts before it have.
@@ -154,7 +156,7 @@ func (f *FS) runsMFT(data *attr) ([]run, error) {
 			if !r.whole() || fixup(r) != nil || r.base() != 0 {
 				return nil, guest.Damaged("record %d of the MFT, of its own", p.record)
 			}
-			h, err := f.attribute(0, p.record, attrData, p.id, r)
+			h, err := r.attribute(attrData, p.id)
 			if err == nil {
 				p, err = h.part(p.record)
 			}
@@ -196,7 +198,6 @@ func (f *FS) describe() {
 	f.info.Type, f.info.Block = "ntfs", f.geo.cluster
 	f.info.Size = f.geo.sectors * f.geo.sector
 	f.info.UUID = fmt.Sprintf("%016X", f.geo.serial)
-	f.clean = true
 	for _, look := range []struct {
 		what string
 		at   func() error
@@ -204,12 +205,10 @@ func (f *FS) describe() {
 		{"$UpCase", f.readUpcase}, {"$Volume", f.readVolume}, {"$LogFile", f.readLog}, {"$Secure", f.readSecure}, {"hiberfil.sys", f.readHibernation},
 	} {
 		if err := look.at(); err != nil {
-			f.clean = false
 			f.warn(fmt.Sprintf("%s: %v", look.what, err))
 		}
 	}
 	if f.info.Size > f.dev.Size() {
-		f.clean = false
 		f.warn(fmt.Sprintf("the volume is %d bytes, and its device %d", f.info.Size, f.dev.Size()))
 	}
 }
@@ -260,7 +259,6 @@ func (f *FS) readVolume() error {
 	}
 	const dirty = 1
 	if le.Uint16(b[10:])&dirty != 0 {
-		f.clean = false
 		f.warn("the volume is marked as dirty: Windows would check it")
 	}
 	return nil
@@ -292,7 +290,6 @@ func (f *FS) readHibernation() error {
 		_, err = content.ReadAt(head, 0)
 	}
 	if bytes.EqualFold(head, []byte("hibr")) {
-		f.clean = false
 		f.warn("Windows was hibernated on this volume: changes that it had in memory are not on the disk")
 	}
 	return err

@@ -78,12 +78,10 @@ func (f *FS) record(n int64) (record, error) {
 	if n < 0 || n >= f.records {
 		return nil, guest.ErrNotExist
 	}
-	at := n * f.geo.record
-	piece, err := f.pieces.Block(at/pieceSize, func(b []byte) error { fixPiece(b, f.geo.record); return nil })
+	r, err := f.own(n)
 	if err != nil {
 		return nil, err
 	}
-	r := record(piece[at%pieceSize:][:f.geo.record])
 	if n < mirrored && !r.whole() {
 		if m := f.mirror[n]; m != nil {
 			r = m
@@ -100,6 +98,16 @@ func (f *FS) record(n int64) (record, error) {
 		return nil, guest.ErrNotExist
 	}
 	return r, nil
+}
+
+// own gives a record as the MFT has it, whatever it is.
+func (f *FS) own(n int64) (record, error) {
+	at := n * f.geo.record
+	piece, err := f.pieces.Block(at/pieceSize, func(b []byte) error { fixPiece(b, f.geo.record); return nil })
+	if err != nil {
+		return nil, err
+	}
+	return record(piece[at%pieceSize:][:f.geo.record]), nil
 }
 
 // whole reports whether it is a record, and not one that is damaged or none at all.
@@ -130,4 +138,19 @@ func (r record) attributes(yield func(header) bool) error {
 		}
 		b = b[n:]
 	}
+}
+
+// attribute finds the attribute with that type and id.
+func (r record) attribute(kind uint32, id uint16) (header, error) {
+	var found header
+	err := r.attributes(func(h header) bool {
+		if h.kind() == kind && h.id() == id {
+			found = h
+		}
+		return found == nil
+	})
+	if err == nil && found == nil {
+		err = guest.Damaged("no attribute %#x with id %d", kind, id)
+	}
+	return found, err
 }

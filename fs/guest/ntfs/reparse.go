@@ -197,7 +197,7 @@ func (f *FS) names(i *inode, yield func(fileName) bool) error {
 		}
 	}
 	for _, r := range i.names {
-		h, err := f.attribute(i.number, r.record, attrFileName, r.id, nil)
+		h, err := f.attribute(i.number, r.record, attrFileName, r.id)
 		if err != nil {
 			return err
 		}
@@ -212,8 +212,8 @@ func (f *FS) names(i *inode, yield func(fileName) bool) error {
 	return nil
 }
 
-// maxUp is how deep a directory may be: a path of Windows has 32767 units.
-const maxUp = 16 << 10
+// maxUp is how deep a directory may be.
+const maxUp = 4 << 10
 
 // depth gives how many directories are between a file and the root.
 func (f *FS) depth(i *inode) (int, error) {

@@ -101,7 +101,7 @@ const maxInterix = 8 + 2*4096
 // empty one is a FIFO, one of a byte a socket, others start with a magic. Those of Windows itself are hidden.
 func (f *FS) interix(i *inode, n *nature) error {
 	a := i.find(attrData, "")
-	if a == nil || a.size > maxInterix || a.flags&(encrypted|compressMask) != 0 {
+	if a == nil || a.size > maxInterix || !a.plain() {
 		return nil
 	}
 	switch a.size {

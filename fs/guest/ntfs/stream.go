@@ -56,7 +56,7 @@ func covering(runs []run, kind uint32, vcn int64) ([]run, error) {
 
 func (f *FS) decode(a *attr, p part) ([]run, error) {
 	if p.pairs == nil {
-		h, err := f.attribute(a.base, p.record, a.kind, p.id, nil)
+		h, err := f.attribute(a.base, p.record, a.kind, p.id)
 		if err != nil {
 			return nil, err
 		}
@@ -123,7 +123,7 @@ func (s *stream) all(limit int64) ([]byte, error) {
 	if s.a.size > limit {
 		return nil, guest.Damaged("attribute %#x: %d bytes", s.a.kind, s.a.size)
 	}
-	if s.a.flags&(compressMask|encrypted) != 0 {
+	if !s.a.plain() {
 		return nil, guest.Unsupported("attribute %#x: compressed or encrypted", s.a.kind)
 	}
 	b := make([]byte, s.a.size)

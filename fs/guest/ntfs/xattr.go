@@ -11,8 +11,10 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
 
-// maxXattr is the largest value that Linux has for an extended attribute (XATTR_SIZE_MAX).
-const maxXattr = 64 << 10
+const (
+	maxXattr  = 64 << 10 // the largest value that Linux has for an extended attribute (XATTR_SIZE_MAX), bytes
+	maxXattrs = 8 << 20  // of all streams of a file that are given as attributes
+)
 
 // Xattrs implements guest.FS.
 func (f *FS) Xattrs(ino guest.Ino) ([]guest.Xattr, error) {
@@ -84,11 +86,13 @@ func (f *FS) streamXattrs(i *inode, ino guest.Ino, add func(string, []byte)) err
 	if n, err := f.nature(i); err != nil || n.mode != guest.ModeRegular && n.mode != guest.ModeDir {
 		return err
 	}
+	room := int64(maxXattrs)
 	for _, name := range names {
 		a := i.find(attrData, name)
-		if a.size > maxXattr || a.flags&encrypted != 0 {
+		if a.size > min(room, maxXattr) || a.flags&encrypted != 0 {
 			continue
 		}
+		room -= a.size
 		content, err := f.file(a)
 		if err != nil {
 			return err
