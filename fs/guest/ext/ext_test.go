@@ -1,7 +1,9 @@
 package ext
 
 import (
+	"os/exec"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
@@ -62,7 +64,7 @@ func (v variant) make(t *testing.T) string {
 	t.Helper()
 	guesttest.Needs(t, "mkfs.ext4", "mount")
 	image := guesttest.Sparse(t, 1<<30)
-	guesttest.Run(t, append(append([]string{"mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1"}, v.mkfs...), image)...)
+	guesttest.Run(t, append(append([]string{"mkfs.ext4", "-q", "-F", "-L", "the label", "-E", "lazy_itable_init=1"}, v.mkfs...), image)...)
 	dir, unmount := guesttest.Mount(t, image, v.fstype(), "rw")
 	skipped, err := guesttest.Fill(dir, v.tree)
 	if err != nil {
@@ -100,7 +102,22 @@ func TestVariants(t *testing.T) {
 			if w := f.Info().Warnings; len(w) > 0 {
 				t.Error(w)
 			}
+			checkInfo(t, f, image)
+			checkFree(t, f, image)
+			checkLocate(t, f, image, v)
 			t.Log(len(want), f.Info())
 		})
+	}
+}
+
+// checkInfo compares what is said of the file system with blkid.
+func checkInfo(t *testing.T, f *FS, image string) {
+	t.Helper()
+	i := f.Info()
+	for tag, got := range map[string]string{"TYPE": i.Type, "UUID": i.UUID, "LABEL": i.Label} {
+		out, _ := exec.Command("blkid", "-p", "-s", tag, "-o", "value", image).Output()
+		if want := strings.TrimSuffix(string(out), "\n"); got != want {
+			t.Errorf("%s: %q, blkid says %q", tag, got, want)
+		}
 	}
 }

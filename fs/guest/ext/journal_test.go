@@ -66,6 +66,10 @@ func TestDirty(t *testing.T) {
 				t.Error(i)
 			}
 			t.Log(len(want), f.Info(), "blocks replayed: ", f.dev.(*guest.Overlay).Len())
+			replayed := guesttest.Copy(t, image)
+			_, unmount := guesttest.Mount(t, replayed, "ext4", "rw")
+			unmount()
+			checkFree(t, f, replayed)
 			stale, err := guesttest.WalkFS(open(t, image, guest.Options{NoReplay: true}))
 			if n := len(guesttest.Diff(want, stale)); n < 20 && err == nil {
 				t.Errorf("without replay, only %d differences", n)
