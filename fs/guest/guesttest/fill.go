@@ -290,12 +290,15 @@ func (f *filler) special() {
 	f.may("character device", unix.Mknod(d+"/null", unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
 	f.may("block device", unix.Mknod(d+"/block", unix.S_IFBLK|0o660, int(unix.Mkdev(8, 17))))
 	f.may("large device", unix.Mknod(d+"/large", unix.S_IFBLK|0o600, int(unix.Mkdev(259, 70000))))
-	// The kernel has no longer name for the address of a socket than 108 bytes.
-	if here, err := os.Getwd(); err == nil && len(d) > 90 && os.Chdir(d) == nil {
-		defer os.Chdir(here)
-		d = "."
+	// The kernel has no longer name for the address of a socket than 108 bytes; a short way to the directory always fits, and works
+	// in parallel tests.
+	dir, err := os.Open(d)
+	if err != nil {
+		f.want(err)
+		return
 	}
-	l, err := net.Listen("unix", d+"/socket")
+	defer dir.Close()
+	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/socket", dir.Fd()))
 	if f.may("socket", err) {
 		l.(*net.UnixListener).SetUnlinkOnClose(false)
 		l.Close()
