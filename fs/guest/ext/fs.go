@@ -17,6 +17,7 @@ type FS struct {
 	// uncertain is why what is free and who owns a block cannot be relied on; nil when it can.
 	uncertain error
 	fast      *fastCommits // what fast commits change; nil without any
+	sound     soundSet     // directories whose index leads to all their names
 }
 
 var (

@@ -158,9 +158,9 @@ func TestSeeds(t *testing.T) {
 
 // TestFlips damages small images, a few bytes at a time and where there is something, and asks them everything.
 func TestFlips(t *testing.T) {
-	rounds := 1500
+	rounds := 1000
 	if testing.Short() {
-		rounds = 150
+		rounds = 100
 	}
 	for name, image := range seeds(t) {
 		t.Run(name, func(t *testing.T) {

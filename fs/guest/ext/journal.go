@@ -59,7 +59,11 @@ type journal struct {
 
 // recover shows the file system as its journal would leave it.
 func (f *FS) recover(opt guest.Options) error {
-	if f.compat&compatJournal == 0 || f.incompat&incompatRecover == 0 {
+	if f.compat&compatJournal == 0 {
+		return nil
+	}
+	// A copy of the superblock does not tell that the journal is needed: then the journal does.
+	if f.incompat&incompatRecover == 0 && f.backupGroup == 0 {
 		return nil
 	}
 	if opt.NoReplay {

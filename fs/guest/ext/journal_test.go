@@ -52,8 +52,12 @@ func (d dirty) make(t *testing.T, burst func(dir string) error) string {
 }
 
 func TestDirty(t *testing.T) {
-	for _, d := range dirties() {
+	for i, d := range dirties() {
+		if testing.Short() && i != 2 {
+			continue
+		}
 		t.Run(d.name, func(t *testing.T) {
+			t.Parallel()
 			image := d.make(t, func(dir string) error { return guesttest.Burst(dir, 5, d.steps) })
 			want := guesttest.Truth(t, image, "ext4", "")
 			f := open(t, image, guest.Options{})
@@ -193,7 +197,10 @@ func forget(list []guesttest.Line) []guesttest.Line {
 }
 
 func TestFastCommits(t *testing.T) {
-	for _, mkfs := range [][]string{{"-b", "1024"}, {"-b", "4096", "-O", "inline_data"}} {
+	for i, mkfs := range [][]string{{"-b", "1024"}, {"-b", "4096", "-O", "inline_data"}} {
+		if testing.Short() && i > 0 {
+			break
+		}
 		for _, test := range fastTests {
 			t.Run(test.name+mkfs[1], func(t *testing.T) {
 				image := fastImage(t, test.change, mkfs...)

@@ -80,6 +80,9 @@ func TestHashes(t *testing.T) {
 			if n, ok := f.lookupIndex(&in, "none"); ok {
 				t.Error(n)
 			}
+			if _, err := f.Lookup(d, "none"); !errors.Is(err, guest.ErrNotExist) || !f.sound.has(in.no) {
+				t.Error("an index of the kernel's is not sound")
+			}
 		})
 	}
 }
@@ -114,8 +117,14 @@ func TestLargeDirectory(t *testing.T) {
 	if n > 500*6 {
 		t.Errorf("%d reads for 500 names", n)
 	}
-	if _, err := f.Lookup(d, "none"); !errors.Is(err, guest.ErrNotExist) {
-		t.Error(err)
+	for i := range 100 {
+		before := dev.reads.Load()
+		if _, err := f.Lookup(d, fmt.Sprint("none ", i)); !errors.Is(err, guest.ErrNotExist) {
+			t.Error(err)
+		}
+		if n := dev.reads.Load() - before; i > 0 && n > 6 {
+			t.Errorf("%d reads for a name that is not there", n)
+		}
 	}
 	listed := map[string]bool{}
 	from := uint64(0)
@@ -168,6 +177,9 @@ func TestWrongIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	f = open(t, image, guest.Options{})
+	if _, err := f.Lookup(d, "none"); !errors.Is(err, guest.ErrNotExist) {
+		t.Error(err)
+	}
 	lost := 0
 	for i := range 1500 {
 		if _, ok := f.lookupIndex(&in, oddName(i)); !ok {
