@@ -1,6 +1,9 @@
 package ext
 
 import (
+	"bytes"
+	"cmp"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -16,6 +19,8 @@ type variant struct {
 	mkfs  []string
 	mount string
 	tree  guesttest.Tree
+	// used is how many bytes the disk has, when it is not empty at the start.
+	used int64
 	// skips are what the file system refuses of the tree.
 	skips []string
 }
@@ -45,7 +50,7 @@ func variants() []variant {
 		{name: "meta_bg", mkfs: []string{"-O", "meta_bg,^resize_inode"}, tree: smallTree(4), skips: noLarge},
 		{name: "ext3", mkfs: []string{"-t", "ext3"}, tree: smallTree(5), skips: join(noLarge, noExtents)},
 		{name: "ext2", mkfs: []string{"-t", "ext2", "-b", "1024"}, mount: "ext2", tree: smallTree(6), skips: join(noLarge, noExtents, not1K)},
-		{name: "2K", mkfs: []string{"-b", "2048", "-I", "512", "-O", "orphan_file"}, tree: smallTree(7), skips: join(noLarge, not2K)},
+		{name: "2K", mkfs: []string{"-b", "2048", "-I", "512", "-O", "orphan_file"}, used: 300 << 20, tree: smallTree(7), skips: join(noLarge, not2K)},
 		{name: "sparse_super2", mkfs: []string{"-O", "sparse_super2,^resize_inode,uninit_bg,^metadata_csum"}, tree: smallTree(8), skips: noLarge},
 		{name: "fast_commit", mkfs: []string{"-O", "fast_commit"}, tree: smallTree(9), skips: noLarge},
 		{name: "1K", mkfs: []string{"-b", "1024", "-O", "^64bit"}, tree: smallTree(10), skips: join(noLarge, not1K)},
@@ -63,8 +68,14 @@ func (v variant) fstype() string {
 func (v variant) make(t *testing.T) string {
 	t.Helper()
 	guesttest.Needs(t, "mkfs.ext4", "mount")
-	image := guesttest.Sparse(t, 1<<30)
-	guesttest.Run(t, append(append([]string{"mkfs.ext4", "-q", "-F", "-L", "the label", "-E", "lazy_itable_init=1"}, v.mkfs...), image)...)
+	image := guesttest.Sparse(t, cmp.Or(v.used, 1<<30))
+	if v.used > 0 {
+		// What was there before must not show in what is allocated and not written.
+		if err := os.WriteFile(image, bytes.Repeat([]byte("old data"), int(v.used/8)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	guesttest.Run(t, append(append([]string{"mkfs.ext4", "-q", "-F", "-L", "the label", "-E", "nodiscard,lazy_itable_init=1"}, v.mkfs...), image)...)
 	dir, unmount := guesttest.Mount(t, image, v.fstype(), "rw")
 	skipped, err := guesttest.Fill(dir, v.tree)
 	if err != nil {

@@ -45,6 +45,7 @@ func TestMadeByMkfs(t *testing.T) {
 		{"-b", "1024", "-O", "mmp,project"},
 		{"-b", "4096", "-O", "verity,encrypt,orphan_file"},
 		{"-b", "1024", "-O", "^filetype,^extents,^64bit,^flex_bg"},
+		{"-b", "1024", "-O", "bigalloc,meta_bg,^resize_inode", "-C", "4096"},
 		{"-b", "1024", "-r", "0", "-O", "none"},
 		{"-b", "2048", "-O", "^sparse_super,^resize_inode", "-g", "8192"},
 		{"-b", "1024", "-O", "bigalloc", "-C", "65536", "-I", "1024"},

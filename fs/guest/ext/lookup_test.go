@@ -152,6 +152,48 @@ func TestLargeDirectory(t *testing.T) {
 	}
 }
 
+// collisions are numbers that, behind the same 224 bytes and with 31 digits, have the same hash in fours: a leaf of 1 KiB holds only three such names,
+// so that the fourth is in the next. They were found by hashing sixty million names.
+var collisions = []int{8965601, 10059434, 17455271, 45651328, 8928479, 9954175, 15055922, 54863755, 8809442, 22997226, 43638338, 47695235, 8807293, 32297988, 36263251, 38434727,
+	8768334, 32644784, 41775475, 55839760, 8407639, 19293439, 45984247, 59278001, 8361873, 44538432, 48928873, 52272952, 8234775, 34849595, 47731096, 58053365}
+
+// TestCollisions looks up names whose hash goes on in the next leaf.
+func TestCollisions(t *testing.T) {
+	guesttest.Needs(t, "mkfs.ext4", "mount", "debugfs")
+	image := guesttest.Sparse(t, 100<<20)
+	guesttest.Run(t, "mkfs.ext4", "-q", "-F", "-b", "1024", image)
+	for _, cmd := range []string{"ssv hash_seed 11111111-2222-2222-3333-333344444444", "ssv flags 1"} {
+		guesttest.Run(t, "debugfs", "-w", "-R", cmd, image)
+	}
+	dir, unmount := guesttest.Mount(t, image, "ext4", "rw")
+	var names []string
+	for i := range 200 {
+		names = append(names, fmt.Sprintf("%0250d", i))
+	}
+	for _, n := range collisions {
+		names = append(names, fmt.Sprintf("%s%031d", strings.Repeat("c", 224), n))
+	}
+	for _, n := range names {
+		if err := os.WriteFile(dir+"/"+n, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unmount()
+	f := open(t, image, guest.Options{})
+	in, err := f.dir(f.Root())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range names {
+		if _, ok := f.lookupIndex(&in, n); !ok {
+			t.Error(n, " is not where its hash says")
+		}
+	}
+	if _, err := f.Lookup(f.Root(), "none"); !errors.Is(err, guest.ErrNotExist) || !f.sound.has(rootIno) {
+		t.Error("an index of the kernel's is not sound")
+	}
+}
+
 // TestWrongIndex looks up names in a directory whose index leads elsewhere.
 func TestWrongIndex(t *testing.T) {
 	image := namesImage(t, 1500, []string{"-O", "^metadata_csum"})
