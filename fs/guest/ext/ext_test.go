@@ -67,7 +67,7 @@ func (v variant) fstype() string {
 // make makes an image and fills it.
 func (v variant) make(t *testing.T) string {
 	t.Helper()
-	guesttest.Needs(t, "mkfs.ext4", "mount")
+	guesttest.Needs(t, "mkfs.ext4", "mount", "dumpe2fs", "blkid")
 	image := guesttest.Sparse(t, cmp.Or(v.used, 1<<30))
 	if v.used > 0 {
 		// What was there before must not show in what is allocated and not written.

@@ -47,6 +47,11 @@ func TestConcurrent(t *testing.T) {
 						t.Error(name, off, n, err)
 					}
 				}
+				for _, l := range want {
+					if _, err := guesttest.Find(f, l.Path+"/none"); err == nil {
+						t.Error(l.Path, " has what it has not")
+					}
+				}
 				if got, err := guesttest.WalkFS(f); err != nil || len(guesttest.Diff(want, got)) > 0 {
 					t.Error(name, err)
 				}
