@@ -20,6 +20,8 @@ type Tree struct {
 	Files int   // small files in nested directories; 0 is 13,000
 	Big   int64 // bytes of the largest file with content; 0 is 48 MiB
 	Names int   // names in the large directories; 0 is 5,000
+	// Fragments is how many blocks each of two files has that take turns on the disk, each synced; 0 is 400.
+	Fragments int
 	// NoHuge leaves out files beyond what 2 TiB of a disk can address.
 	NoHuge bool
 }
@@ -44,6 +46,9 @@ func Fill(dir string, t Tree) (skipped []string, err error) {
 	}
 	if t.Names == 0 {
 		t.Names = 5000
+	}
+	if t.Fragments == 0 {
+		t.Fragments = 400
 	}
 	f := &filler{Tree: t, dir: dir, rng: rand.New(rand.NewPCG(t.Seed, 1))}
 	for _, part := range []func(){f.many, f.long, f.deep, f.nested, f.big, f.sparse, f.fragmented, f.allocated, f.names, f.links, f.special, f.owners, f.times, f.xattrs} {
@@ -214,7 +219,7 @@ func (f *filler) fragmented() {
 		}
 		defer w[i].Close()
 	}
-	for i := range int64(400) {
+	for i := range int64(f.Fragments) {
 		for _, w := range w {
 			f.at(w, i*4096, 4096)
 			f.want(unix.Fdatasync(int(w.Fd())))
