@@ -27,7 +27,7 @@ type variant struct {
 
 // smallTree is one that has everything, and little of it.
 func smallTree(seed uint64) guesttest.Tree {
-	return guesttest.Tree{Seed: seed, Files: 700, Names: 700, Big: 2 << 20}
+	return guesttest.Tree{Seed: seed, Files: 700, Names: 700, Big: 2 << 20, Fragments: 100}
 }
 
 // Refusals: of values beyond a block without ea_inode, of files beyond what 32 bits of blocks address or without extents, of links
@@ -68,7 +68,7 @@ func (v variant) fstype() string {
 func (v variant) make(t *testing.T) string {
 	t.Helper()
 	guesttest.Needs(t, "mkfs.ext4", "mount", "dumpe2fs", "blkid")
-	image := guesttest.Sparse(t, cmp.Or(v.used, 1<<30))
+	image := guesttest.Sparse(t, cmp.Or(v.used, 700<<20))
 	if v.used > 0 {
 		// What was there before must not show in what is allocated and not written.
 		if err := os.WriteFile(image, bytes.Repeat([]byte("old data"), int(v.used/8)), 0o600); err != nil {

@@ -158,7 +158,7 @@ func TestSeeds(t *testing.T) {
 
 // TestFlips damages small images, a few bytes at a time and where there is something, and asks them everything.
 func TestFlips(t *testing.T) {
-	rounds := 1000
+	rounds := 500
 	if testing.Short() {
 		rounds = 100
 	}

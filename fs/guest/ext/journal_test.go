@@ -24,22 +24,22 @@ type dirty struct {
 }
 
 func dirties() []dirty {
-	tree := guesttest.Tree{Seed: 20, Files: 300, Names: 300, Big: 1 << 20}
+	tree := guesttest.Tree{Seed: 20, Files: 300, Names: 300, Big: 1 << 20, Fragments: 20}
 	v := func(name string, mkfs ...string) variant {
 		return variant{name: name, mkfs: mkfs, tree: tree, skips: append(append(append([]string{}, noLarge...), noExtents...), not1K...)}
 	}
 	return []dirty{
-		{v("ext3", "-t", "ext3"), "data=ordered", 300},
-		{v("ext4"), "data=ordered", 300},
-		{v("data in the journal", "-b", "1024"), "data=journal", 200},
-		{v("no checksums", "-O", "^metadata_csum"), "data=ordered", 200},
-		{v("first checksums", "-O", "^metadata_csum"), "journal_checksum", 200},
-		{v("first checksums, async", "-O", "^metadata_csum,^64bit"), "journal_async_commit,data=writeback", 200},
-		{v("async", "-b", "1024"), "journal_async_commit,data=writeback", 200},
-		{v("32 bits", "-b", "1024", "-O", "^64bit"), "data=ordered", 200},
-		{v("fast_commit", "-O", "fast_commit"), "data=ordered", 300},
-		{v("inline and ea_inode", "-O", "inline_data,ea_inode,metadata_csum_seed"), "data=ordered", 200},
-		{v("bigalloc", "-b", "1024", "-O", "bigalloc", "-C", "8192"), "data=ordered", 200},
+		{v("ext3", "-t", "ext3"), "data=ordered", 150},
+		{v("ext4"), "data=ordered", 150},
+		{v("data in the journal", "-b", "1024"), "data=journal", 100},
+		{v("no checksums", "-O", "^metadata_csum"), "data=ordered", 100},
+		{v("first checksums", "-O", "^metadata_csum"), "journal_checksum", 100},
+		{v("first checksums, async", "-O", "^metadata_csum,^64bit"), "journal_async_commit,data=writeback", 100},
+		{v("async", "-b", "1024"), "journal_async_commit,data=writeback", 100},
+		{v("32 bits", "-b", "1024", "-O", "^64bit"), "data=ordered", 100},
+		{v("fast_commit", "-O", "fast_commit"), "data=ordered", 150},
+		{v("inline and ea_inode", "-O", "inline_data,ea_inode,metadata_csum_seed"), "data=ordered", 100},
+		{v("bigalloc", "-b", "1024", "-O", "bigalloc", "-C", "8192"), "data=ordered", 100},
 	}
 }
 
@@ -91,7 +91,7 @@ func TestDirty(t *testing.T) {
 // does no harm: what it says is free is free.
 func TestOrphans(t *testing.T) {
 	for _, mkfs := range [][]string{{"-b", "4096"}, {"-b", "4096", "-O", "orphan_file"}} {
-		v := variant{mkfs: mkfs, tree: guesttest.Tree{Seed: 3, Files: 20, Names: 20, Big: 1 << 20}, skips: noLarge}
+		v := variant{mkfs: mkfs, tree: guesttest.Tree{Seed: 3, Files: 20, Names: 20, Big: 1 << 20, Fragments: 20}, skips: noLarge}
 		image := v.make(t)
 		dir, unmount := guesttest.Mount(t, image, "ext4", "rw,commit=1000")
 		held, err := os.Create(dir + "/held")

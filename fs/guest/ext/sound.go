@@ -2,8 +2,13 @@ package ext
 
 import "sync"
 
-// maxSound bounds how many directories are remembered.
-const maxSound = 1 << 14
+const (
+	// maxSound bounds how many directories are remembered.
+	maxSound = 1 << 14
+	// maxLeaves bounds the blocks of a directory whose index is compared, 48 bytes of memory each while that goes on. In a
+	// larger one, every name that is not there is looked for everywhere.
+	maxLeaves = 1 << 18
+)
 
 // soundSet remembers directories whose index leads to each of their names: a name that it does not lead to is not there.
 type soundSet struct {
@@ -42,7 +47,7 @@ type leaf struct{ first, last uint32 }
 // newIndexCheck reads the whole index.
 func (f *FS) newIndexCheck(in *inode) *indexCheck {
 	x, ok := f.openIndex(in)
-	if !ok {
+	if !ok || in.size/f.blockSize > maxLeaves {
 		return nil
 	}
 	c := &indexCheck{f: f, in: in, kind: x.kind, leaves: map[int64]leaf{}}
