@@ -102,12 +102,18 @@ func (f *FS) inlineNames(in *inode, from int64, more *bool, visit func(name) boo
 	return err
 }
 
-// blockNames lists a directory that has blocks.
+// blockNames lists a directory that has blocks: no more of them than the device, or one that has the same blocks again and again would have
+// hardly an end.
 func (f *FS) blockNames(in *inode, from int64, more *bool, note func(error), visit func(name) bool) {
 	bs := f.blockSize
 	end := (in.size + bs - 1) / bs
 	var r run
+	left := f.blocks
 	for at := from / bs; at < end && *more; at++ {
+		if left--; left < 0 {
+			note(guest.Damaged("inode %d: more blocks than the device", in.no))
+			return
+		}
 		if at >= r.end() {
 			var err error
 			if r, err = f.find(in, at); err != nil {

@@ -244,6 +244,44 @@ func TestLoops(t *testing.T) {
 	}
 }
 
+// TestManyBlocks lists a directory whose extents are the same blocks a hundred thousand times.
+func TestManyBlocks(t *testing.T) {
+	image := bytes.Clone(seeds(t)["extents"])
+	f, err := Open(newMemory(image), bounds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ino, err := f.Lookup(f.Root(), "dir")
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := f.inode(ino)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(image, in.raw)
+	root := image[at+0x28:]
+	le.PutUint32(image[at+4:], 1<<31)
+	first := bytes.Clone(root[12:24])
+	le.PutUint16(root[2:], 4)
+	for i := range 4 {
+		e := root[12+12*i:]
+		copy(e, first)
+		le.PutUint32(e, uint32(i*3000))
+		le.PutUint16(e[4:], 3000-uint16(le.Uint32(first[8:])))
+	}
+	if f, err = Open(newMemory(image), bounds); err != nil {
+		t.Fatal(err)
+	}
+	names := 0
+	for _, err = range f.ReadDir(ino, 0) {
+		names++
+	}
+	if err == nil || names > 200*3072 {
+		t.Error(names, err)
+	}
+}
+
 // FuzzImage damages the small images: four bytes of place, one of value, again and again.
 func FuzzImage(f *testing.F) {
 	images := seeds(f)
