@@ -198,6 +198,85 @@ func TestFlips(t *testing.T) {
 	}
 }
 
+// TestChecksums damages single bytes of an image with checksums: what is shown is then as it was, or has an error; only what is in files and in
+// links with blocks of their own, which have no checksum, may differ without one.
+func TestChecksums(t *testing.T) {
+	image := seeds(t)["sums"]
+	clean, err := Open(newMemory(image), bounds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := guesttest.WalkFS(clean)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Where there is something that is no file's content.
+	mask := bytes.Clone(image)
+	for _, p := range []string{"big", "sparse"} {
+		ino, err := guesttest.Find(clean, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for e, err := range clean.Locate(ino) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			clear(mask[e.Off:e.End()])
+		}
+	}
+	var places []int
+	for i, c := range mask {
+		if c != 0 {
+			places = append(places, i)
+		}
+	}
+	rng := rand.New(rand.NewPCG(11, 11))
+	caught, rounds := 0, 600
+	if testing.Short() {
+		rounds = 60
+	}
+	for range rounds {
+		at := places[rng.IntN(len(places))]
+		b := bytes.Clone(image)
+		b[at] ^= 1 << rng.IntN(8)
+		f, err := Open(newMemory(b), bounds)
+		if err != nil {
+			caught++
+			continue
+		}
+		got, err := guesttest.WalkFS(f)
+		if err != nil {
+			t.Fatal(at, err)
+		}
+		shown := map[string]map[string]string{}
+		bad := 0
+		for _, l := range got {
+			shown[l.Path] = l.Fields
+			if l.Fields["error"] != "" {
+				bad++
+			}
+		}
+		caught += min(bad, 1)
+		for _, l := range want {
+			g := shown[l.Path]
+			if g == nil && bad == 0 {
+				t.Errorf("byte %d: %s is missing, and nothing says why", at, l.Path)
+			}
+			for _, field := range guesttest.Fields {
+				if g != nil && g["error"] == "" && field != "sum" && field != "target" && field != "id" && g[field] != l.Fields[field] {
+					t.Errorf("byte %d: %s: %s is %q, was %q", at, l.Path, field, g[field], l.Fields[field])
+				}
+			}
+		}
+		if len(shown) > len(want) {
+			t.Errorf("byte %d: more than there is", at)
+		}
+	}
+	if t.Logf("%d caught", caught); caught < rounds/2 {
+		t.Errorf("only %d caught", caught)
+	}
+}
+
 // TestLoops points parts of a file system at themselves.
 func TestLoops(t *testing.T) {
 	image := seeds(t)["extents"]

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -160,6 +161,30 @@ func TestCut(t *testing.T) {
 				last = got
 			}
 		})
+	}
+}
+
+// TestWrapped replays a log that goes on at the beginning of its ring.
+func TestWrapped(t *testing.T) {
+	d := dirty{variant{mkfs: []string{"-b", "1024", "-J", "size=1"}, tree: guesttest.Tree{Seed: 4, Files: 20, Names: 20, Big: 1 << 20, Fragments: 5}, skips: slices.Concat(noLarge, not1K)}, "data=journal", 0}
+	for seed := uint64(1); ; seed++ {
+		image := d.make(t, func(dir string) error { return guesttest.Burst(dir, seed, 60) })
+		_, commits := logOf(t, image, kindCommit)
+		if len(commits) < 2 || slices.IsSorted(commits) {
+			if seed > 20 {
+				t.Fatal("no log wraps")
+			}
+			continue
+		}
+		want := guesttest.Truth(t, image, "ext4", "")
+		f := open(t, image, guest.Options{})
+		got, err := guesttest.WalkFS(f)
+		if err != nil || len(f.Info().Warnings) > 0 {
+			t.Fatal(f.Info(), err)
+		}
+		guesttest.Same(t, want, got)
+		t.Log(seed, len(commits))
+		return
 	}
 }
 
