@@ -8,11 +8,13 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // file system chains its checksums through seeds (ext4 doc, Checksums).
 func crc32c(seed uint32, p []byte) uint32 { return ^crc32.Update(^seed, castagnoli, p) }
 
-// crc32c32 goes on over a number as the disk has it.
-func crc32c32(seed, n uint32) uint32 {
-	var b [4]byte
-	le.PutUint32(b[:], n)
-	return crc32c(seed, b[:])
+// crc32c32 goes on over a number as the disk has it. It is for every inode, and takes no memory.
+func crc32c32(crc, n uint32) uint32 {
+	for range 4 {
+		crc = castagnoli[byte(crc^n)] ^ crc>>8
+		n >>= 8
+	}
+	return crc
 }
 
 // zeros stand for a checksum's own field.

@@ -102,12 +102,18 @@ func (f *FS) inlineNames(in *inode, from int64, more *bool, visit func(name) boo
 	return err
 }
 
-// blockNames lists a directory that has blocks.
+// blockNames lists a directory that has blocks: no more of them than the device, or one that has the same blocks again and again would have
+// hardly an end.
 func (f *FS) blockNames(in *inode, from int64, more *bool, note func(error), visit func(name) bool) {
 	bs := f.blockSize
 	end := (in.size + bs - 1) / bs
 	var r run
+	left := f.blocks
 	for at := from / bs; at < end && *more; at++ {
+		if left--; left < 0 {
+			note(guest.Damaged("inode %d: more blocks than the device", in.no))
+			return
+		}
 		if at >= r.end() {
 			var err error
 			if r, err = f.find(in, at); err != nil {
@@ -220,7 +226,8 @@ func legal(n []byte) bool {
 	return len(n) > 0 && bytes.IndexByte(n, '/') < 0 && bytes.IndexByte(n, 0) < 0
 }
 
-// Lookup implements guest.FS. A name that the index does not lead to is looked for everywhere: an index may be wrong.
+// Lookup implements guest.FS. A name that the index does not lead to is looked for everywhere, for an index may be wrong; once for each
+// directory, because then it is known whether it is.
 func (f *FS) Lookup(dir guest.Ino, want string) (guest.Ino, error) {
 	in, err := f.dir(dir)
 	if err != nil {
@@ -229,16 +236,21 @@ func (f *FS) Lookup(dir guest.Ino, want string) (guest.Ino, error) {
 	if ino, ok := f.fast.lookup(in.no, want); ok {
 		return guest.Ino(ino), nil
 	}
-	if in.flags&flagIndex != 0 && !in.inline() && !f.fast.made(in.no) {
-		if n, ok := f.lookupIndex(&in, want); ok && !f.fast.removed(in.no, n) {
-			return guest.Ino(n.ino), nil
-		}
+	if n, ok := f.lookupIndex(&in, want); ok && !f.fast.removed(in.no, n) {
+		return guest.Ino(n.ino), nil
 	}
+	const longest = 255 // bytes: the length of a name has 8 bits
+	missing := fmt.Errorf("%q in inode %d: %w", want, dir, guest.ErrNotExist)
+	if len(want) > longest || f.sound.has(in.no) {
+		return 0, missing
+	}
+	check := f.newIndexCheck(&in)
 	ino := uint32(0)
 	err = f.names(&in, 0, nil, func(n name, _ error) bool {
 		if string(n.bytes) == want {
 			ino = n.ino
 		}
+		check.see(n)
 		return ino == 0
 	})
 	switch {
@@ -246,6 +258,8 @@ func (f *FS) Lookup(dir guest.Ino, want string) (guest.Ino, error) {
 		return guest.Ino(ino), nil
 	case err != nil:
 		return 0, err
+	case check.sound():
+		f.sound.add(in.no)
 	}
-	return 0, fmt.Errorf("%q in inode %d: %w", want, dir, guest.ErrNotExist)
+	return 0, missing
 }

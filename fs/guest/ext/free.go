@@ -3,6 +3,7 @@ package ext
 import (
 	"fmt"
 	"iter"
+	"math/bits"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/store/extent"
@@ -70,14 +71,22 @@ func (f *FS) bitmap(group int64) ([]byte, error) {
 	} else if !f.bitmapSum(d, b) {
 		return nil, guest.Damaged("group %d: checksum of the bitmap", group)
 	}
-	free := int64(0)
-	for i := range f.clusters(group) {
-		free += int64(^b[i/8] >> (i % 8) & 1)
-	}
-	if free != d.free {
+	if free := countFree(b, f.clusters(group)); free != d.free {
 		return nil, guest.Damaged("group %d: %d clusters are free, its descriptor says %d", group, free, d.free)
 	}
 	return b, nil
+}
+
+// countFree counts the bits that are not set among the first n.
+func countFree(b []byte, n int64) int64 {
+	used := 0
+	for _, c := range b[:n/8] {
+		used += bits.OnesCount8(c)
+	}
+	if n%8 != 0 {
+		used += bits.OnesCount8(b[n/8] & (1<<(n%8) - 1))
+	}
+	return n - int64(used)
 }
 
 // bitmapSum verifies the checksum of a group's bitmap, of which small descriptors hold only half.
@@ -140,25 +149,32 @@ func (f *FS) freeOf(group int64, bitmap []byte) iter.Seq[extent.Extent] {
 		n := f.clusters(group)
 		first, end := f.firstBlock(group)*f.blockSize, f.blocks*f.blockSize
 		unit := f.blockSize << f.clusterBits
-		for i := int64(0); i < n; {
-			if used := bitmap[i/8]; used>>(i%8)&1 != 0 {
-				i++
-				if used == 0xff {
-					i = (i + 7) / 8 * 8
-				}
-				continue
-			}
+		for i := nextBit(bitmap, 0, n, 0); i < n; {
 			from := i
-			for i < n && bitmap[i/8]>>(i%8)&1 == 0 {
-				i++
-			}
+			i = nextBit(bitmap, from, n, 1)
 			e := extent.Extent{Off: first + from*unit, Len: (i - from) * unit}
 			e.Len = min(e.Len, end-e.Off)
 			if !yield(e) {
 				return
 			}
+			i = nextBit(bitmap, i, n, 0)
 		}
 	}
+}
+
+// nextBit gives the first bit from i on, and before n, that is want; n when there is none.
+func nextBit(b []byte, i, n int64, want byte) int64 {
+	for i < n {
+		switch c := b[i/8] ^ (want - 1); { // a bit is set now where it is the one that is wanted
+		case c == 0:
+			i = (i/8 + 1) * 8
+		case c>>(i%8)&1 != 0:
+			return i
+		default:
+			i++
+		}
+	}
+	return n
 }
 
 // Locate implements guest.Locator, in the order of the file: all its blocks, those behind its end too.

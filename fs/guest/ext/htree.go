@@ -38,28 +38,51 @@ func (x *index) seek(hash uint32) {
 	x.i = lo - 1
 }
 
+// An indexed directory is one whose names are hashed.
+type indexed struct {
+	kind int
+	root index
+	deep int // levels below the root
+}
+
+// openIndex reads the root of a directory's index; ok is false when there is none that can be used.
+func (f *FS) openIndex(in *inode) (x indexed, ok bool) {
+	if in.flags&flagIndex == 0 || in.inline() || f.fast.made(in.no) {
+		return x, false
+	}
+	b, err := f.fileBlock(in, 0)
+	if err != nil || len(b) < rootIndex+8 || b[0x1d] != 8 || b[0x1e] > maxLevels {
+		return x, false
+	}
+	x.kind, x.deep = int(b[0x1c]), int(b[0x1e])
+	if f.hashUnsigned && x.kind < hashUnsigned {
+		x.kind += hashUnsigned
+	}
+	return x, x.root.parse(b[rootIndex:])
+}
+
+// hash hashes a name as a directory does; ok is false when that is not known.
+func (f *FS) hash(in *inode, kind int, n string) (sum uint32, ok bool) {
+	if in.flags&flagCasefold != 0 {
+		if n, ok = foldASCII(n); !ok {
+			return 0, false
+		}
+	}
+	return hashName(kind, f.hashSeed, n)
+}
+
 // lookupIndex looks for a name where the index says that it is. Whatever is wrong with the index, it is only not found.
 func (f *FS) lookupIndex(in *inode, want string) (found name, ok bool) {
-	root, err := f.fileBlock(in, 0)
-	if err != nil || len(root) < rootIndex+8 || root[0x1d] != 8 || root[0x1e] > maxLevels {
+	x, ok := f.openIndex(in)
+	if !ok {
 		return name{}, false
 	}
-	kind := int(root[0x1c])
-	if f.hashUnsigned && kind < hashUnsigned {
-		kind += hashUnsigned
-	}
-	hashed, ok := want, true
-	if in.flags&flagCasefold != 0 {
-		hashed, ok = foldASCII(want)
-	}
-	hash, known := hashName(kind, f.hashSeed, hashed)
-	if !ok || !known {
+	hash, ok := f.hash(in, x.kind, want)
+	if !ok {
 		return name{}, false
 	}
-	path := make([]index, int(root[0x1e])+1)
-	if !path[0].parse(root[rootIndex:]) {
-		return name{}, false
-	}
+	path := make([]index, x.deep+1)
+	path[0] = x.root
 	path[0].seek(hash)
 	if !f.fill(in, path[1:], path[0].block(), hash) {
 		return name{}, false

@@ -59,7 +59,11 @@ type journal struct {
 
 // recover shows the file system as its journal would leave it.
 func (f *FS) recover(opt guest.Options) error {
-	if f.compat&compatJournal == 0 || f.incompat&incompatRecover == 0 {
+	if f.compat&compatJournal == 0 {
+		return nil
+	}
+	// A copy of the superblock does not tell that the journal is needed: then the journal does.
+	if f.incompat&incompatRecover == 0 && f.backupGroup == 0 {
 		return nil
 	}
 	if opt.NoReplay {
@@ -171,7 +175,7 @@ func (j *journal) parse(b []byte) error {
 		j.seed = crc32c(^uint32(0), b[0x30:0x40])
 	}
 	if unknown := j.incompat &^ journalIncompat; unknown != 0 {
-		return guest.Unsupported("feature %#x", unknown)
+		return fmt.Errorf("its feature %#x is not known", unknown)
 	}
 	if j.sums() && (b[0x50] != 4 || crc32c(crc32c(crc32c(^uint32(0), b[:0xfc]), zeros[:]), b[0x100:superSize]) != be.Uint32(b[0xfc:])) {
 		return guest.Damaged("checksum of the journal's superblock")

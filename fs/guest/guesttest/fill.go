@@ -20,6 +20,8 @@ type Tree struct {
 	Files int   // small files in nested directories; 0 is 13,000
 	Big   int64 // bytes of the largest file with content; 0 is 48 MiB
 	Names int   // names in the large directories; 0 is 5,000
+	// Fragments is how many blocks each of two files has that take turns on the disk, each synced; 0 is 400.
+	Fragments int
 	// NoHuge leaves out files beyond what 2 TiB of a disk can address.
 	NoHuge bool
 }
@@ -44,6 +46,9 @@ func Fill(dir string, t Tree) (skipped []string, err error) {
 	}
 	if t.Names == 0 {
 		t.Names = 5000
+	}
+	if t.Fragments == 0 {
+		t.Fragments = 400
 	}
 	f := &filler{Tree: t, dir: dir, rng: rand.New(rand.NewPCG(t.Seed, 1))}
 	for _, part := range []func(){f.many, f.long, f.deep, f.nested, f.big, f.sparse, f.fragmented, f.allocated, f.names, f.links, f.special, f.owners, f.times, f.xattrs} {
@@ -214,7 +219,7 @@ func (f *filler) fragmented() {
 		}
 		defer w[i].Close()
 	}
-	for i := range int64(400) {
+	for i := range int64(f.Fragments) {
 		for _, w := range w {
 			f.at(w, i*4096, 4096)
 			f.want(unix.Fdatasync(int(w.Fd())))
@@ -290,12 +295,15 @@ func (f *filler) special() {
 	f.may("character device", unix.Mknod(d+"/null", unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
 	f.may("block device", unix.Mknod(d+"/block", unix.S_IFBLK|0o660, int(unix.Mkdev(8, 17))))
 	f.may("large device", unix.Mknod(d+"/large", unix.S_IFBLK|0o600, int(unix.Mkdev(259, 70000))))
-	// The kernel has no longer name for the address of a socket than 108 bytes.
-	if here, err := os.Getwd(); err == nil && len(d) > 90 && os.Chdir(d) == nil {
-		defer os.Chdir(here)
-		d = "."
+	// The kernel has no longer name for the address of a socket than 108 bytes; a short way to the directory always fits, and works
+	// in parallel tests.
+	dir, err := os.Open(d)
+	if err != nil {
+		f.want(err)
+		return
 	}
-	l, err := net.Listen("unix", d+"/socket")
+	defer dir.Close()
+	l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/socket", dir.Fd()))
 	if f.may("socket", err) {
 		l.(*net.UnixListener).SetUnlinkOnClose(false)
 		l.Close()

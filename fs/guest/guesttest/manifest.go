@@ -220,8 +220,9 @@ func hashed(r io.ReaderAt, size int64) (string, error) {
 			ranges = append(ranges, [2]int64{off, window})
 		}
 	}
+	buf := make([]byte, min(size+1, 256<<10))
 	for _, e := range ranges {
-		n, err := io.CopyBuffer(h, io.NewSectionReader(r, e[0], e[1]), make([]byte, 256<<10))
+		n, err := io.CopyBuffer(h, io.NewSectionReader(r, e[0], e[1]), buf)
 		if err == nil && n != e[1] {
 			err = fmt.Errorf("%d of %d bytes: %w", n, e[1], io.ErrUnexpectedEOF)
 		}
