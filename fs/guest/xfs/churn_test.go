@@ -1,6 +1,7 @@
 package xfs
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -28,11 +29,7 @@ func (c *churn) must(err error) {
 }
 
 func (c *churn) bytes(n int) []byte {
-	b := make([]byte, n)
-	for i := range b {
-		b[i] = byte(c.rng.Uint32())
-	}
-	return b
+	return bytes.Repeat(fmt.Appendf(nil, "%x;", c.rng.Uint32()), n/3+1)[:n]
 }
 
 func (c *churn) path(kind string, n int) string {

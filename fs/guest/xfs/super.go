@@ -131,7 +131,7 @@ func (s *super) features(b []byte) error {
 	case 5:
 		s.v5, s.incompat = true, be.Uint32(b[216:])
 		s.ftype = s.incompat&incompatFtype != 0
-		if !summed(b[:s.sectSize], 224) {
+		if int64(len(b)) < s.sectSize || !summed(b[:s.sectSize], 224) {
 			return guest.Damaged("the superblock's checksum")
 		}
 		if s.incompat&incompatMetaUUID != 0 {

@@ -30,8 +30,8 @@ var (
 	}
 )
 
-// make makes a filled image.
-func (v variant) make(t *testing.T) string {
+// empty makes an image with nothing in it.
+func (v variant) empty(t *testing.T) string {
 	t.Helper()
 	guesttest.Needs(t, "mkfs.xfs", "mount")
 	image := guesttest.Sparse(t, v.size)
@@ -40,6 +40,13 @@ func (v variant) make(t *testing.T) string {
 		t.Setenv(name, "1")
 	}
 	guesttest.Run(t, append(append([]string{"mkfs.xfs", "-q"}, v.mkfs...), image)...)
+	return image
+}
+
+// make makes a filled image.
+func (v variant) make(t *testing.T) string {
+	t.Helper()
+	image := v.empty(t)
 	dir, unmount := guesttest.Mount(t, image, "xfs", "rw")
 	skipped, err := guesttest.Fill(dir, v.tree)
 	if err != nil {
