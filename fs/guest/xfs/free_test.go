@@ -36,6 +36,7 @@ func TestFree(t *testing.T) {
 		{"1 KiB blocks", []string{"-b", "size=1024", "-m", "rmapbt=1"}, 1 << 30, small},
 	} {
 		t.Run(strings.ReplaceAll(v.name, " ", "-"), func(t *testing.T) {
+			t.Parallel()
 			image := v.make(t)
 			fs := open(t, image, guest.Options{})
 			dir, unmount := guesttest.Mount(t, guesttest.Copy(t, image), "xfs", "ro")

@@ -45,6 +45,9 @@ func Open(dev guest.Device, opt guest.Options) (*FS, error) {
 	if err := fs.replay(opt); err != nil {
 		return nil, fmt.Errorf("xfs: the log: %w", err)
 	}
+	if ro := fs.sb.roCompat &^ roKnown; ro != 0 && fs.doubt == nil {
+		fs.doubt = guest.Unsupported("features of a newer XFS, %#x, which may count what is free otherwise", ro)
+	}
 	fs.describe()
 	return fs, nil
 }

@@ -97,6 +97,9 @@ func (fs *FS) replayLog(opt guest.Options) error {
 	if err != nil || s.tail == s.head {
 		return err
 	}
+	if fs.sb.logCompat&^logKnown != 0 {
+		return guest.Unsupported("features of a newer log: %#x", fs.sb.logCompat&^logKnown)
+	}
 	r := &replayer{fs: fs, over: guest.NewOverlay(fs.dev, fs.sb.blockSize, opt.Journal), pages: map[int64][]byte{},
 		replayed:  replayed{map[int64]bool{}, map[uint64]bool{}, map[uint64]uint8{}},
 		cancelled: map[place]int{}, cancelledAt: map[uint64]int{}, intents: map[intent][]uint64{}}

@@ -44,7 +44,7 @@ func TestTorn(t *testing.T) {
 		t.Fatalf("%d records, %v", len(recs), err)
 	}
 	differ := 0
-	for _, back := range []int{0, 1, 3, 5} {
+	for _, back := range []int{0, 3} {
 		rec := recs[back]
 		old := rec.cycle - 1
 		for what, tear := range map[string]func(f *os.File) error{
@@ -78,7 +78,7 @@ func TestTorn(t *testing.T) {
 			})
 		}
 	}
-	if differ < 8 {
+	if differ < 4 {
 		t.Errorf("only %d torn logs showed anything else than the whole one", differ)
 	}
 }
