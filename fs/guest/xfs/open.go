@@ -26,7 +26,8 @@ var (
 
 const defaultCache, defaultJournal = 16 << 20, 64 << 20
 
-// Open reads the superblock and replays the log. guest.ErrUnknown when it is no XFS.
+// Open reads the superblock and replays the log. guest.ErrUnknown when it is no XFS. The blocks that a replay changes take up to
+// opt.Journal of memory, and the transaction that is being put together as much again.
 func Open(dev guest.Device, opt guest.Options) (*FS, error) {
 	if opt.Cache <= 0 {
 		opt.Cache = defaultCache
