@@ -92,7 +92,7 @@ func TestFreeOfDirty(t *testing.T) {
 	image := v.make(t)
 	dir, unmount := guesttest.Mount(t, image, "xfs", "rw")
 	defer unmount()
-	c := &churn{t, dir + "/churn", rand.New(rand.NewPCG(3, 2))}
+	c := &churn{t: t, dir: dir + "/churn", rng: rand.New(rand.NewPCG(3, 2))}
 	c.run(200)
 	image = guesttest.Copy(t, image)
 	want := guesttest.Truth(t, image, "xfs", "nouuid")
@@ -130,7 +130,7 @@ func TestShared(t *testing.T) {
 	v := variant{"shared", nil, 600 << 20, tiny}
 	image := v.empty(t)
 	dir, unmount := guesttest.Mount(t, image, "xfs", "rw")
-	c := &churn{t, dir + "/churn", rand.New(rand.NewPCG(4, 2))}
+	c := &churn{t: t, dir: dir + "/churn", rng: rand.New(rand.NewPCG(4, 2))}
 	c.run(100)
 	for range 20 {
 		c.fragment()

@@ -27,7 +27,7 @@ func TestMakeGolden(t *testing.T) {
 	image := v.empty(t)
 	for round := range uint64(2) {
 		dir, unmount := guesttest.Mount(t, image, "xfs", "rw")
-		c := &churn{t, dir + "/churn", rand.New(rand.NewPCG(1, round))}
+		c := &churn{t: t, dir: dir + "/churn", rng: rand.New(rand.NewPCG(1, round))}
 		c.run(40)
 		if round == 0 {
 			unmount()

@@ -34,7 +34,7 @@ func TestDirty(t *testing.T) {
 			image := v.make(t)
 			dir, unmount := guesttest.Mount(t, image, "xfs", "rw,logbufs=8")
 			defer unmount()
-			c := &churn{t, dir + "/churn", rand.New(rand.NewPCG(1, 2))}
+			c := &churn{t: t, dir: dir + "/churn", rng: rand.New(rand.NewPCG(1, 2))}
 			for round := range v.rounds {
 				if err := guesttest.Burst(dir, uint64(round), v.steps); err != nil {
 					t.Fatal(err)
@@ -76,7 +76,7 @@ func TestGrown(t *testing.T) {
 	dir, unmount := guesttest.Mount(t, image, "xfs", "rw")
 	defer unmount()
 	guesttest.Run(t, "xfs_growfs", dir)
-	c := &churn{t, dir + "/churn", rand.New(rand.NewPCG(8, 2))}
+	c := &churn{t: t, dir: dir + "/churn", rng: rand.New(rand.NewPCG(8, 2))}
 	for i := range 30 {
 		c.must(os.MkdirAll(fmt.Sprint(dir, "/spread ", i), 0o755))
 	}
