@@ -13,8 +13,8 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-// patched is the golden disk with the superblock changed and its checksum made good.
-func patched(t *testing.T, change func(sb []byte)) *memory {
+// withSuper is the golden disk with the superblock changed and its checksum made good.
+func withSuper(t *testing.T, change func(sb []byte)) *memory {
 	t.Helper()
 	disk := goldenDisk(t)
 	sb := disk.page(0)[:512]
@@ -37,7 +37,7 @@ func TestRefused(t *testing.T) {
 		"no XFS":      {func(sb []byte) { sb[0] = 'Y' }, guest.ErrUnknown, ""},
 		"no XFS, all": {func(sb []byte) { clear(sb) }, guest.ErrUnknown, ""},
 	} {
-		_, err := Open(patched(t, c.change), guest.Options{})
+		_, err := Open(withSuper(t, c.change), guest.Options{})
 		if !errors.Is(err, c.err) || !strings.Contains(err.Error(), c.text) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -54,7 +54,7 @@ func TestWarned(t *testing.T) {
 		"log elsewhere": {func(sb []byte) { clear(sb[48:56]) }, "another device"},
 		"newer log":     {func(sb []byte) { sb[223] |= 0x10 }, "newer log"},
 	} {
-		fs, err := Open(patched(t, c.change), guest.Options{})
+		fs, err := Open(withSuper(t, c.change), guest.Options{})
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -135,15 +135,16 @@ func TestUnfinished(t *testing.T) {
 		open, xattr bool // can be read
 	}{
 		{nil, true, true},
-		{[]item{words(itemBUI, 1, 77, uint64(ino), 5, 0, 1)}, false, false},
+		{[]item{words(itemBUI, 1, 77, uint64(ino), 5, 0, 1)}, false, false},           // of no type
+		{[]item{words(itemBUI, 1, 77, uint64(ino), 5, 0, 1|1<<32)}, true, true},       // carried out
+		{[]item{words(itemBUI, 1, 77, uint64(ino), 1<<40, 0, 1|1<<32)}, false, false}, // past the end
 		{[]item{words(itemBUI, 1, 77, uint64(ino), 5, 0, 1), words(itemBUD, 1, 77)}, true, true},
 		{[]item{words(itemBUI, 1, 77, uint64(ino), 5, 0, 1), words(itemBUD, 1, 78)}, false, false},
 		{[]item{words(itemATTRI, 1, 9, uint64(ino), 0)}, true, false},
 		{[]item{words(itemXMI, 1, 9, 3, uint64(ino))}, false, false},
 		{[]item{words(itemEFI, 1, 9, 3, 4)}, true, true},
 	} {
-		r := &replayer{fs: fs, over: guest.NewOverlay(fs.dev, 1024, 1<<20), intents: map[intent][]uint64{},
-			replayed: replayed{unfinished: map[uint64]uint8{}}}
+		r := &replayer{fs: fs, over: guest.NewOverlay(fs.dev, 1024, 1<<20), replayed: newReplayed(), intents: map[intentKey]*intent{}}
 		if err := r.transaction(&trans{lsn: 1, items: c.items}); err != nil {
 			t.Fatal(err)
 		}
@@ -207,7 +208,7 @@ func FuzzRecord(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte, ops int) {
 		r := &replayer{fs: fs, over: guest.NewOverlay(fs.dev, 1024, 1<<20), pages: map[int64][]byte{}, cancelled: map[place]int{}, cancelledAt: map[uint64]int{},
-			intents: map[intent][]uint64{}, replayed: replayed{map[int64]bool{}, map[uint64]bool{}, map[uint64]uint8{}}}
+			replayed: newReplayed(), intents: map[intentKey]*intent{}}
 		a := assembler{open: map[uint32]*trans{}, room: 1 << 20, commit: func(t *trans) error {
 			if err := r.cancels(t); err != nil {
 				return err
