@@ -34,6 +34,9 @@ var (
 // empty makes an image with nothing in it.
 func (v variant) empty(t *testing.T) string {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("makes an image; the golden one is for short runs")
+	}
 	guesttest.Needs(t, "mkfs.xfs", "mount")
 	image := guesttest.Sparse(t, v.size)
 	// mkfs.xfs makes logs below 64 MiB only with these.
