@@ -136,7 +136,7 @@ func (x *xattrs) short() error {
 // leaves reads attributes outside of the inode, leaf by leaf.
 func (x *xattrs) leaves() error {
 	l, err := x.fs.leafFor(x.n, &x.n.xat, 0, 0)
-	for limit := x.n.nblocks; err == nil; limit-- {
+	for limit := x.fs.blocks(x.n); err == nil; limit-- {
 		if err := x.leaf(l); err != nil || l.forw == 0 {
 			return err
 		}

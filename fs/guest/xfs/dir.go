@@ -122,6 +122,7 @@ func (fs *FS) listShort(n *inode, from uint64, yield func(guest.Entry, error) bo
 func (fs *FS) list(n *inode, from uint64, yield func(guest.Entry, error) bool) error {
 	size := uint64(fs.sb.dirSize())
 	end := min(uint64(n.size), dirIndexOff)
+	left := fs.blocks(n)
 	for at := from / size * size; at < end; {
 		// Holes are where blocks without entries have been freed.
 		s, err := fs.find(&n.data, at>>fs.sb.blockLog)
@@ -134,6 +135,10 @@ func (fs *FS) list(n *inode, from uint64, yield func(guest.Entry, error) bool) e
 			}
 			at = s.off << fs.sb.blockLog / size * size
 		}
+		if left < 1<<fs.sb.dirLog {
+			return guest.Damaged("inode %d: a directory of more blocks than it has", n.num)
+		}
+		left -= 1 << fs.sb.dirLog
 		b, err := fs.dirBlock(n, &n.data, at)
 		if err != nil {
 			return err
@@ -145,6 +150,9 @@ func (fs *FS) list(n *inode, from uint64, yield func(guest.Entry, error) bool) e
 	}
 	return nil
 }
+
+// blocks is how many blocks there can be to an inode that shares none with itself.
+func (fs *FS) blocks(n *inode) uint64 { return min(n.nblocks, fs.sb.dblocks) }
 
 func (fs *FS) listBlock(n *inode, b []byte, base, from uint64, yield func(guest.Entry, error) bool) (more bool, err error) {
 	end, err := fs.entriesEnd(n, b)

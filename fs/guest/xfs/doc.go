@@ -10,10 +10,11 @@
 // what does not match is [guest.ErrDamaged], and the rest goes on being readable. A damaged superblock is replaced
 // by the copy of another allocation group.
 //
-// The log is replayed into memory: buffers, inodes and freshly made inodes, with cancelled buffers and sequence numbers obeyed. A record
-// at the log's end that was torn ends the log before it, as it does for the kernel. What the kernel does after that is not done: freeing
-// of unlinked inodes and of extents changes nothing that can be seen. A file whose change of mapping is unfinished
-// is [guest.ErrUnsupported], and so are the attributes of one whose change of attributes is.
+// The log is replayed into memory: buffers, inodes and freshly made inodes, with cancelled buffers and sequence numbers
+// obeyed. A record at the log's end that was torn ends the log before it, as it does for the kernel. Of what the kernel
+// does after that, only changes of a file's mapping that the log announces are carried out. Freeing unlinked
+// inodes and extents changes nothing that can be seen. Attributes whose change is announced are [guest.ErrUnsupported]. A
+// log that cannot be replayed is a warning in Info, and the disk is shown as it is.
 //
 // # What it does not read
 //

@@ -27,7 +27,7 @@ func (fs *FS) regular(ino guest.Ino) (inode, error) {
 		return n, guest.Unsupported("inode %d: a file on the real-time device", n.num)
 	case fs.log.unfinished[n.num]&unfinishedMap != 0:
 		return n, guest.Unsupported("inode %d: the log holds an unfinished change of where it lies", n.num)
-	case n.data.form != formExtents && n.data.form != formTree:
+	case n.data.form != formExtents && n.data.form != formTree && n.data.form != formList:
 		return n, guest.Damaged("inode %d: a file of form %d", n.num, n.data.form)
 	}
 	return n, nil

@@ -1,6 +1,8 @@
 package xfs
 
 import (
+	"sort"
+
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
 
@@ -10,6 +12,7 @@ type fork struct {
 	form  uint8
 	area  []byte // its part of the inode
 	count uint64 // extents in it
+	list  []span // when the form is formList
 }
 
 // A span is an extent: n blocks of a fork from off on lie from block on.
@@ -37,6 +40,12 @@ func (s span) valid(sb *super) error {
 // find gives the first extent that ends behind block off. The extent's end is 0 when there is none.
 func (fs *FS) find(f *fork, off uint64) (span, error) {
 	switch f.form {
+	case formList:
+		i := sort.Search(len(f.list), func(i int) bool { return f.list[i].end() > off })
+		if i == len(f.list) {
+			return span{}, nil
+		}
+		return f.list[i], nil
 	case formExtents:
 		if f.count > uint64(len(f.area)/16) {
 			return span{}, guest.Damaged("inode %d: %d extents in %d bytes", f.ino, f.count, len(f.area))

@@ -16,6 +16,7 @@ const (
 	formLocal
 	formExtents
 	formTree
+	formList = 0xff // ours: the replay has changed it
 )
 
 // Bits of di_flags and di_flags2.
@@ -84,6 +85,10 @@ func (fs *FS) inode(ino guest.Ino) (inode, error) {
 	n.data.count, n.xat.count = uint64(be.Uint32(raw[76:])), uint64(be.Uint16(raw[80:]))
 	if n.flags2&flag2Nrext64 != 0 {
 		n.data.count, n.xat.count = be.Uint64(raw[24:]), uint64(be.Uint32(raw[76:]))
+	}
+	if p := fs.log.patched[num]; p != nil {
+		n.data.form, n.data.list = formList, p.spans
+		n.nblocks += uint64(p.added)
 	}
 	return n, nil
 }

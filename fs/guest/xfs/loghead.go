@@ -158,7 +158,8 @@ func (r *ring) lastWhole(head int64) (record, int64, error) {
 // not there is none.
 func (r *ring) newest(head int64) (recs []record, end int64, err error) {
 	back := int64(0) // sectors from head
-	for at := head; len(recs) < inFlight; {
+	at := head
+	for tries := 0; len(recs) < inFlight && tries < 4*inFlight; tries++ {
 		rec, err := r.lastBefore(at)
 		if err != nil && len(recs) == 0 {
 			return nil, 0, err

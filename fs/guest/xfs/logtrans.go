@@ -19,6 +19,9 @@ const (
 	opUnmount  = 1 << 5
 )
 
+// Memory beside the data, bytes.
+const transCost, regionCost = 256, 64
+
 // An item is one change of a transaction.
 type item struct {
 	regions [][]byte
@@ -30,6 +33,7 @@ func (i *item) kind() uint16 { return le.Uint16(i.regions[0]) }
 // A trans is a transaction that is being put together.
 type trans struct {
 	lsn   uint64 // of the record that it began in
+	cost  int64  // bytes of the assembler's room
 	head  []byte // its header, as much as has come
 	items []item
 }
@@ -67,42 +71,33 @@ func (a *assembler) op(rec *record, tid uint32, flags byte, data []byte) error {
 	if t == nil {
 		// Without a beginning it is one of those that the log no longer needs.
 		if flags&opStart != 0 {
-			if a.room -= 256; a.room < 0 {
+			if a.room -= transCost; a.room < 0 {
 				return errNoRoom
 			}
-			a.open[tid] = &trans{lsn: rec.lsn}
+			a.open[tid] = &trans{lsn: rec.lsn, cost: transCost}
 		}
 		return nil
-	}
-	if a.room -= int64(len(data)) + 64; a.room < 0 {
-		return errNoRoom
 	}
 	switch {
 	case flags&opCommit != 0:
 		delete(a.open, tid)
-		a.room += t.cost()
+		a.room += t.cost
 		return a.commit(t)
 	case flags&opUnmount != 0:
 		delete(a.open, tid)
-		a.room += t.cost()
+		a.room += t.cost
 		return nil
 	case len(data) == 0:
 		return nil
-	case flags&opWasCont != 0:
+	}
+	if a.room -= int64(len(data)) + regionCost; a.room < 0 {
+		return errNoRoom
+	}
+	t.cost += int64(len(data)) + regionCost
+	if flags&opWasCont != 0 {
 		return t.extend(data)
 	}
 	return t.add(data)
-}
-
-// cost is about what it took of the assembler's room.
-func (t *trans) cost() int64 {
-	n := int64(256)
-	for _, i := range t.items {
-		for _, r := range i.regions {
-			n += int64(len(r)) + 64
-		}
-	}
-	return n
 }
 
 // add takes in a region.

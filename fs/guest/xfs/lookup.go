@@ -140,7 +140,7 @@ type leaf struct {
 // lookupTree goes down the index and then along its leaves as long as they have the hash.
 func (fs *FS) lookupTree(n *inode, w *wanted) (guest.Ino, error) {
 	l, err := fs.leafFor(n, &n.data, dirIndexOff>>fs.sb.blockLog, w.hash)
-	for limit := n.nblocks; err == nil; limit-- {
+	for limit := fs.blocks(n); err == nil; limit-- {
 		ino, more, err := fs.probe(n, l.entries, w)
 		switch {
 		case ino != 0 || err != nil:

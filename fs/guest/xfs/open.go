@@ -26,7 +26,8 @@ var (
 
 const defaultCache, defaultJournal = 16 << 20, 64 << 20
 
-// Open reads the superblock and replays the log. guest.ErrUnknown when it is no XFS.
+// Open reads the superblock and replays the log. guest.ErrUnknown when it is no XFS. The blocks that a replay changes take up to
+// opt.Journal of memory, and the transaction that is being put together as much again.
 func Open(dev guest.Device, opt guest.Options) (*FS, error) {
 	if opt.Cache <= 0 {
 		opt.Cache = defaultCache
@@ -44,6 +45,9 @@ func Open(dev guest.Device, opt guest.Options) (*FS, error) {
 	}
 	if err := fs.replay(opt); err != nil {
 		return nil, fmt.Errorf("xfs: the log: %w", err)
+	}
+	if ro := fs.sb.roCompat &^ roKnown; ro != 0 && fs.doubt == nil {
+		fs.doubt = guest.Unsupported("features of a newer XFS, %#x, which may count what is free otherwise", ro)
 	}
 	fs.describe()
 	return fs, nil

@@ -1,7 +1,10 @@
 package xfs
 
 import (
+	"cmp"
 	"errors"
+	"maps"
+	"slices"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
@@ -14,6 +17,8 @@ type replayed struct {
 	moved map[uint64]bool
 	// unfinished: inode => what the log only announces.
 	unfinished map[uint64]uint8
+	// patched: inode => its extents, after what the log announced was carried out.
+	patched map[uint64]*patched
 }
 
 const (
@@ -52,15 +57,32 @@ type replayer struct {
 	replayed
 	cancelled   map[place]int  // buffer => how many times the rest of the log cancels it
 	cancelledAt map[uint64]int // the same, by where it begins
-	intents     map[intent][]uint64
+	intents     map[intentKey]*intent
+	announced   int // intents so far
+	changes     int // those that are open, and what is in them
 }
+
+func newReplayed() replayed {
+	return replayed{map[int64]bool{}, map[uint64]bool{}, map[uint64]uint8{}, map[uint64]*patched{}}
+}
+
+// maxIntents are those that are open at the same time.
+const maxIntents = 1 << 12
 
 // A place is a buffer on the device, in sectors.
 type place struct{ at, n uint64 }
 
-type intent struct {
+type intentKey struct {
 	kind uint16
 	id   uint64
+}
+
+// An intent is what a transaction has announced and no later one has done.
+type intent struct {
+	kind    uint16
+	number  int         // in their order
+	changes []mapChange // of an itemBUI
+	inodes  []uint64    // of the others
 }
 
 // replay brings into memory what the log has and the disk has not. A log that cannot be replayed is a warning, and the disk is
@@ -97,9 +119,11 @@ func (fs *FS) replayLog(opt guest.Options) error {
 	if err != nil || s.tail == s.head {
 		return err
 	}
+	if fs.sb.logCompat&^logKnown != 0 {
+		return guest.Unsupported("features of a newer log: %#x", fs.sb.logCompat&^logKnown)
+	}
 	r := &replayer{fs: fs, over: guest.NewOverlay(fs.dev, fs.sb.blockSize, opt.Journal), pages: map[int64][]byte{},
-		replayed:  replayed{map[int64]bool{}, map[uint64]bool{}, map[uint64]uint8{}},
-		cancelled: map[place]int{}, cancelledAt: map[uint64]int{}, intents: map[intent][]uint64{}}
+		replayed: newReplayed(), cancelled: map[place]int{}, cancelledAt: map[uint64]int{}, intents: map[intentKey]*intent{}}
 	if err := ring.pass(s, fs.sb.v5, opt.Journal, r.cancels); err != nil {
 		return err
 	}
@@ -125,19 +149,24 @@ func (r *replayer) finish() error {
 		}
 		fs.sb = sb
 	}
-	for i, inodes := range r.intents {
-		what := uint8(unfinishedMap | unfinishedAttr)
-		if i.kind == itemATTRI {
-			what = unfinishedAttr
+	fs.dev, fs.log, fs.info.Replayed = r.over, r.replayed, true
+	byOrder := func(a, b *intent) int { return cmp.Compare(a.number, b.number) }
+	for _, i := range slices.SortedFunc(maps.Values(r.intents), byOrder) {
+		for _, c := range i.changes {
+			if fs.remap(c) != nil {
+				r.unfinished[c.ino] |= unfinishedMap | unfinishedAttr
+			}
 		}
-		for _, ino := range inodes {
-			r.unfinished[ino] |= what
+		for _, ino := range i.inodes {
+			r.unfinished[ino] |= unfinishedAttr
+			if i.kind == itemXMI {
+				r.unfinished[ino] |= unfinishedMap
+			}
 		}
 	}
 	if n := len(r.unfinished); n > 0 {
 		fs.warn("the log holds unfinished changes of %d files, which cannot be read", n)
 	}
-	fs.dev, fs.log, fs.info.Replayed = r.over, r.replayed, true
 	return nil
 }
 
@@ -218,31 +247,38 @@ func (r *replayer) intent(kind uint16, b []byte) error {
 	if len(b) < 16 {
 		return guest.Damaged("an item of type %#x with %d bytes", kind, len(b))
 	}
-	id := le.Uint64(b[8:])
-	var inodes []uint64
+	r.announced++
+	i, id := &intent{kind: kind, number: r.announced}, le.Uint64(b[8:])
 	switch kind {
 	case itemBUI:
-		// Extents of 32 bytes that begin with the inode (XFSDS, File Block Mapping Intent).
-		for n := range int(min(le.Uint32(b[4:]), 1<<12)) {
-			if at := 16 + n*32; at+8 <= len(b) {
-				inodes = append(inodes, le.Uint64(b[at:]))
-			}
+		n := int(min(le.Uint32(b[4:]), 1<<12))
+		if len(b) < 16+n*32 {
+			return guest.Damaged("%d changes of mapping in %d bytes", n, len(b))
+		}
+		for b := b[16:]; len(i.changes) < n; b = b[32:] {
+			i.changes = append(i.changes, parseMapChange(b))
 		}
 	case itemATTRI:
 		if len(b) >= 24 {
-			inodes = append(inodes, le.Uint64(b[16:]))
+			i.inodes = append(i.inodes, le.Uint64(b[16:]))
 		}
 	case itemXMI:
 		if len(b) >= 32 {
-			inodes = append(inodes, le.Uint64(b[16:]), le.Uint64(b[24:]))
+			i.inodes = append(i.inodes, le.Uint64(b[16:]), le.Uint64(b[24:]))
 		}
 	case itemBUD, itemATTRD, itemXMD:
-		delete(r.intents, intent{kind - 1, id})
+		if o := r.intents[intentKey{kind - 1, id}]; o != nil {
+			r.changes -= len(o.changes) + 1
+			delete(r.intents, intentKey{kind - 1, id})
+		}
 		return nil
 	default:
 		return nil
 	}
-	r.intents[intent{kind, id}] = inodes
+	if r.changes += len(i.changes) + 1; r.changes > maxIntents {
+		return guest.Unsupported("more than %d changes that were only announced", maxIntents)
+	}
+	r.intents[intentKey{kind, id}] = i
 	return nil
 }
 

@@ -38,6 +38,9 @@ const (
 	incompatExchange    = 1 << 6
 	incompatParent      = 1 << 7
 
+	roKnown  = 1<<4 - 1 // of sb_features_ro_compat: finobt, rmapbt, reflink, inobtcount
+	logKnown = 1 << 0   // of sb_features_log_incompat: attributes that are logged as intents
+
 	incompatKnown = incompatFtype | incompatSparse | incompatMetaUUID | incompatBigtime | incompatNeedsRepair |
 		incompatNrext64 | incompatExchange | incompatParent
 )
@@ -68,6 +71,8 @@ type super struct {
 	ftype      bool // directories tell types
 	ci         bool
 	incompat   uint32
+	roCompat   uint32
+	logCompat  uint32
 	uuid, meta [16]byte // as shown, and as stamped on metadata
 	label      string
 }
@@ -130,8 +135,9 @@ func (s *super) features(b []byte) error {
 		}
 	case 5:
 		s.v5, s.incompat = true, be.Uint32(b[216:])
+		s.roCompat, s.logCompat = be.Uint32(b[212:]), be.Uint32(b[220:])
 		s.ftype = s.incompat&incompatFtype != 0
-		if !summed(b[:s.sectSize], 224) {
+		if int64(len(b)) < s.sectSize || !summed(b[:s.sectSize], 224) {
 			return guest.Damaged("the superblock's checksum")
 		}
 		if s.incompat&incompatMetaUUID != 0 {
