@@ -315,3 +315,13 @@ var (
 	_ Xattrer = (*guestFile)(nil)
 	_ Dir     = (*filesDir)(nil)
 )
+
+// OfGuest reports whether a node is of what the file systems of a guest hold: files/ of a point, or a folder, volume, view,
+// directory, file, link or device below it.
+func OfGuest(n Node) bool {
+	switch n.(type) {
+	case *filesDir, *guestRoot, *guestDir, *guestFile, *guestLink, *guestSpecial, *guestStream:
+		return true
+	}
+	return false
+}
