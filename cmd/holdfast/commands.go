@@ -67,18 +67,31 @@ func commands() []command {
 		},
 		{
 			name: "ls", usage: "[PATH] [-l]", short: "list what restore points hold",
-			long: "PATH is VM/POINT/..., as a mount shows it; without it, the VMs.",
-			max:  1,
+			long: "PATH is VM/POINT/..., as a mount shows it; without it, the VMs. Below VM/POINT/files/ is what the file systems of\n" +
+				"the guest hold, by disk and partition, and as the guest itself sees it. A link there is followed when PATH ends with a /.\n" +
+				"A name with bytes that cannot be printed is shown as $'...', which a shell takes.",
+			max: 1,
 			flags: []cli.Flag{
-				&cli.BoolFlag{DisableDefaultText: true, Name: "long", Aliases: []string{"l"}, Usage: "sizes and times, too"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "long", Aliases: []string{"l"}, Usage: "sizes and times, too; of a guest's files modes and owners"},
 			},
 			needs: needRepository, run: runLs,
 		},
 		{
-			name: "cp", usage: "PATH... DEST", short: "copy files out of restore points",
-			long: "PATH is VM/POINT/..., as ls shows it; DEST is a file or a directory.",
-			min:  2, max: -1, completes: files,
-			needs: needRepository, run: runCp,
+			name: "cp", usage: "PATH... DEST | PATH... - (--tar | --zip)", short: "copy files out of restore points",
+			long: "PATH is VM/POINT/..., as ls shows it; DEST is a file or a directory. Nothing that is there is overwritten.\n" +
+				"What is below VM/POINT/files/ is copied with its owners, modes, times, links, holes, attributes and ACLs; as root,\n" +
+				"or what takes root is left out and said. A file is there when it is complete, and the same command again goes on\n" +
+				"where one was stopped. Directories that are there get the guest's owners and modes. What is damaged is left out (exit\n" +
+				"code 4). Streams of files of Windows are copied when named, as FILE:STREAM. With a POINT, files/ is left out: its disks\n" +
+				"hold it.\n" +
+				"With - an archive is written to standard output. A tar has all that a copy has, but holes are zeros in it; a zip has no\n" +
+				"attributes, devices or hard links.",
+			min: 2, max: -1, completes: files,
+			flags: []cli.Flag{
+				&cli.BoolFlag{DisableDefaultText: true, Name: "tar", Usage: "write a tar to standard output; DEST is -"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "zip", Usage: "write a zip to standard output; DEST is -"},
+			},
+			needs: needRepository, check: checkCp, run: runCp,
 		},
 		{
 			name:  "restore",

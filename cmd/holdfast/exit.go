@@ -14,6 +14,8 @@ import (
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/fs/boot"
 	"github.com/holdfast-backup/holdfast/fs/boot/qemu"
+	"github.com/holdfast-backup/holdfast/fs/extract"
+	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/overlay"
 	"github.com/holdfast-backup/holdfast/fs/vdisk"
 	"github.com/holdfast-backup/holdfast/store"
@@ -81,6 +83,8 @@ func failures() []failure {
 		{isAny(agent.ErrUnreachable), exitFailed, "is 'holdfast serve' running there, and do firewalls let this port through?"},
 		{isAny(agent.ErrVersion), exitFailed, "use the same version of holdfast on both hosts"},
 		{isAny(agent.ErrGone), exitFailed, "the messages of 'holdfast serve' may say why; run the backup again"},
+		{isAny(guest.ErrDamaged), exitDamage, "the guest's own file system is damaged there; its fsck or chkdsk says more"},
+		{isAny(extract.ErrExists), exitFailed, "nothing is overwritten: name another place"},
 		{isAny(backup.ErrTargetExists), exitFailed, "nothing is overwritten: name another place, or restore --onto it"},
 		{isAny(vdisk.ErrRefused), exitFailed, "if you trust the image, use --allow-outside-backing"},
 	}

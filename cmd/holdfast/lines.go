@@ -58,6 +58,9 @@ func (l *lines) show(v view) {
 	if v.total >= 0 {
 		o["bytes_total"] = v.total
 	}
+	if v.files > 0 {
+		o["files_done"] = v.files
+	}
 	if v.counts != "" {
 		o["bytes_"+v.counts] = v.counted
 	}

@@ -217,6 +217,7 @@ type task struct {
 	started time.Time
 
 	total, done, counted atomic.Int64 // bytes; total < 0: unknown
+	files                atomic.Int64
 
 	mu sync.Mutex // guards following
 	// state, and what the rate is computed from: the bytes done at the time of
@@ -234,6 +235,9 @@ func (t *task) add(n int64) { t.done.Add(n) }
 // count reports n more bytes of those that the task counts, such as new ones.
 // They are not added to the bytes done.
 func (t *task) count(n int64) { t.counted.Add(n) }
+
+// file reports one more file as done, where they are counted.
+func (t *task) file() { t.files.Add(1) }
 
 // setTotal tells the total, in bytes, once it is known.
 func (t *task) setTotal(n int64) { t.total.Store(n) }
@@ -265,7 +269,7 @@ const rateMemory = 10 * time.Second
 // look returns the task as it is now. The rate of a running task is a moving
 // average, and one of the whole run once it has ended.
 func (t *task) look(now time.Time) view {
-	v := view{task: t.name, counts: t.counts, total: t.total.Load(), done: t.done.Load(), counted: t.counted.Load()}
+	v := view{task: t.name, counts: t.counts, total: t.total.Load(), done: t.done.Load(), counted: t.counted.Load(), files: t.files.Load()}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v.state = t.state
@@ -296,7 +300,8 @@ type view struct {
 	task                 string
 	state                state
 	counts               string
-	total, done, counted int64   // bytes; total < 0: unknown
+	total, done, counted int64 // bytes; total < 0: unknown
+	files                int64
 	rate                 float64 // bytes per second
 	elapsed              time.Duration
 }
@@ -323,6 +328,9 @@ func (v view) text() string {
 		parts = append(parts, sizeText(v.done))
 	default:
 		parts = append(parts, fmt.Sprintf("%s %s of %s", percentText(v.done, v.total), sizeText(v.done), sizeText(v.total)))
+	}
+	if v.files > 0 {
+		parts = append(parts, fmt.Sprintf("%d files", v.files))
 	}
 	if v.counts != "" {
 		parts = append(parts, sizeText(v.counted)+" "+v.counts)
@@ -356,6 +364,7 @@ func sum(running []*task, now time.Time) view {
 		}
 		s.done += v.done
 		s.counted += v.counted
+		s.files += v.files
 		s.rate += v.rate
 		s.elapsed = max(s.elapsed, v.elapsed)
 	}
