@@ -17,7 +17,16 @@ import (
 func Zip(ctx context.Context, w io.Writer, sources []Source, opt Options) (Result, error) {
 	return stream(ctx, w, func(t *tally, w io.Writer) archive {
 		z := zip.NewWriter(w)
-		z.RegisterCompressor(zip.Deflate, func(w io.Writer) (io.WriteCloser, error) { return flate.NewWriter(w, 3) })
+		var again *flate.Writer // entries come one after the other, and a new one takes a megabyte
+		z.RegisterCompressor(zip.Deflate, func(w io.Writer) (io.WriteCloser, error) {
+			if again != nil {
+				again.Reset(w)
+				return again, nil
+			}
+			var err error
+			again, err = flate.NewWriter(w, 3)
+			return again, err
+		})
 		return &zipArchive{t, z}
 	}, sources, opt)
 }
@@ -41,6 +50,9 @@ func (a *zipArchive) begin(ctx context.Context, f *found, path, linkTo string) (
 	var target string
 	switch f.attr.Kind {
 	case fs.KindFile:
+		if f.attr.Size == 0 {
+			h.Method = zip.Store
+		}
 	case fs.KindDir:
 		h.Name += "/"
 		h.Method = zip.Store
