@@ -30,6 +30,18 @@ type machines struct {
 
 // machine opens what the disks of a point hold, or gives what is open.
 func (t *Tree) machine(ctx context.Context, d *pointDir) (*machine.Machine, error) {
+	ms := &t.machines
+	id := d.sum.ID
+	ms.mu.Lock()
+	open := ms.known[id]
+	if open != nil && ms.list[len(ms.list)-1] != id {
+		i := slices.Index(ms.list, id)
+		ms.list = append(slices.Delete(ms.list, i, i+1), id)
+	}
+	ms.mu.Unlock()
+	if open != nil {
+		return open(), nil
+	}
 	if err := d.load(ctx); err != nil {
 		return nil, err
 	}
@@ -41,26 +53,27 @@ func (t *Tree) machine(ctx context.Context, d *pointDir) (*machine.Machine, erro
 		}
 		disks = append(disks, volume.Disk{Name: d.point.Disks[i].Name, Device: img})
 	}
-	ms := &t.machines
-	id := d.sum.ID
+	return ms.add(id, disks)(), nil
+}
+
+// add opens the disks of a point, unless somebody else was faster.
+func (ms *machines) add(id store.PointID, disks []volume.Disk) func() *machine.Machine {
 	ms.mu.Lock()
-	open := ms.known[id]
-	if i := slices.Index(ms.list, id); i >= 0 {
-		ms.list = slices.Delete(ms.list, i, i+1)
-	} else {
-		open = sync.OnceValue(func() *machine.Machine { return machine.Open(disks, machine.Options{}) })
-		if ms.known == nil {
-			ms.known = map[store.PointID]func() *machine.Machine{}
-		}
-		ms.known[id] = open
+	defer ms.mu.Unlock()
+	if open := ms.known[id]; open != nil {
+		return open
 	}
+	open := sync.OnceValue(func() *machine.Machine { return machine.Open(disks, machine.Options{}) })
+	if ms.known == nil {
+		ms.known = map[store.PointID]func() *machine.Machine{}
+	}
+	ms.known[id] = open
 	ms.list = append(ms.list, id)
 	if len(ms.list) > maxMachines {
 		delete(ms.known, ms.list[0])
 		ms.list = ms.list[1:]
 	}
-	ms.mu.Unlock()
-	return open(), nil
+	return open
 }
 
 // filesDir is files/ of a point: by volume, and by the guest's own table of mounts.
