@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -15,6 +16,17 @@ func Needs(t *testing.T, programs ...string) {
 	if os.Geteuid() != 0 {
 		missing = "root"
 	}
+	needs(t, missing, programs)
+}
+
+// NeedsPrograms is Needs for a test that any user may run.
+func NeedsPrograms(t *testing.T, programs ...string) {
+	t.Helper()
+	needs(t, "", programs)
+}
+
+func needs(t *testing.T, missing string, programs []string) {
+	t.Helper()
 	for _, p := range programs {
 		if _, err := exec.LookPath(p); err != nil {
 			missing = p
@@ -37,6 +49,16 @@ func Run(t *testing.T, args ...string) string {
 		t.Fatalf("%v: %v\n%s", args, err, out)
 	}
 	return string(out)
+}
+
+// Input runs a program with a text on its standard input.
+func Input(t *testing.T, text string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stdin = strings.NewReader(text)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", args, err, out)
+	}
 }
 
 // Sparse makes an empty disk, a file in a directory of the test.
