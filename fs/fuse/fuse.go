@@ -77,6 +77,7 @@ func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 		EntryTimeout:    &none,
 		AttrTimeout:     &none,
 		NegativeTimeout: &none,
+		NullPermissions: true, // a guest's file that nobody may read is shown as that
 		RootStableAttr:  &gofs.StableAttr{Ino: 1},
 		NullPermissions: true, // a guest has files of mode 0
 	})
