@@ -1,0 +1,66 @@
+package fuse_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/backup/imagefile"
+	"github.com/holdfast-backup/holdfast/fs"
+	"github.com/holdfast-backup/holdfast/fs/fuse"
+	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/store/bucket"
+)
+
+// TestGuestFiles has rsync compare what the mount shows of a guest's file system with the kernel's own mount of it: contents, modes,
+// owners, times, hard links, devices, attributes and ACLs. rsync is another process: this one answers.
+func TestGuestFiles(t *testing.T) {
+	guesttest.Needs(t, "mkfs.ext4", "mount", "rsync", "fusermount3")
+	image := guesttest.Sparse(t, 1<<30)
+	guesttest.Run(t, "mkfs.ext4", "-q", "-O", "ea_inode", image)
+	dir, unmount := guesttest.Mount(t, image, "ext4", "rw")
+	if _, err := guesttest.Fill(dir, guesttest.Tree{Seed: 9, Files: 400, Big: 8 << 20, Names: 500}); err != nil {
+		t.Fatal(err)
+	}
+	unmount()
+	dir, _ = guesttest.Mount(t, image, "ext4", "ro,noatime")
+
+	key := func() ([]byte, error) { return []byte("x"), nil }
+	b := bucket.NewMemory()
+	if err := store.Init(t.Context(), b, store.InitOptions{Passphrase: []byte("x")}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r, err := store.Open(t.Context(), b, store.MemoryIndex(), store.OpenOptions{Passphrase: key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	snap, err := imagefile.New(imagefile.VM{Name: "vm", Files: []string{image}}).Freeze(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer snap.Close()
+	if _, err := backup.Run(t.Context(), r, snap, backup.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	at := t.TempDir()
+	s, err := fuse.Mount(at, fs.New(r), fuse.Options{Log: func(text string) { t.Error(text) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Unmount(true)
+	shown := at + "/vm/latest/files/disk0/"
+	for _, args := range [][]string{
+		{"-aHAXn", "--delete", "--exclude=/lost+found"},
+		{"-anc", "--exclude=/sparse", "--exclude=/lost+found"},
+	} {
+		cmd := append(append([]string{"rsync"}, args...), "--itemize-changes", dir+"/", shown)
+		if diff := guesttest.Run(t, cmd...); diff != "" {
+			t.Errorf("%v sees:\n%.3000s", args, diff)
+		}
+	}
+	guesttest.Run(t, "find", shown, "-name", "level 49")
+	guesttest.Run(t, "du", "-s", shown)
+	guesttest.Run(t, "ls", "-laR", shown)
+}
