@@ -47,7 +47,8 @@ func runCp(ctx context.Context, c *call) error {
 			return c.cpStream(ctx, tree, sources)
 		}
 		st, err := os.Stat(dest)
-		into := err == nil && st.IsDir()
+		// A folder that was copied to a new name, and stopped, goes on under that.
+		into := err == nil && st.IsDir() && (len(sources) > 1 || !extract.Unfinished(dest))
 		if len(sources) > 1 && !into {
 			return usagef("cp: %s is not a directory", dest)
 		}
@@ -75,6 +76,7 @@ func runCp(ctx context.Context, c *call) error {
 			return nil
 		}
 		return c.extract(ofGuest, dir, func(opt extract.Options) (extract.Result, error) {
+			opt.Mark = !into
 			return extract.ToDir(ctx, dir, ofGuest, opt)
 		})
 	})

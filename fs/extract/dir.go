@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -58,6 +59,15 @@ func ToDir(ctx context.Context, dir string, sources []Source, opt Options) (Resu
 	return d.r, err
 }
 
+// unfinished is a file in a directory that is not complete.
+const unfinished = leftoverPrefix + "unfinished"
+
+// Unfinished reports whether a directory is what a copy with Options.Mark had made when it was stopped.
+func Unfinished(dir string) bool {
+	_, err := os.Lstat(filepath.Join(dir, unfinished))
+	return err == nil
+}
+
 // dirSink copies to a directory: one walker makes directories, workers the rest.
 type dirSink struct {
 	*tally
@@ -75,6 +85,7 @@ type openDir struct {
 	f  *found // whose attributes it gets; nil for the destination itself
 	// inherits: it has a default ACL, which what is made in it must not get.
 	inherits bool
+	marked   bool // with a file that says unfinished
 	// pending is what is under way in it, and one for the walk. When there is none left it gets its attributes.
 	pending atomic.Int64
 }
@@ -181,10 +192,26 @@ func (d *dirSink) enter(ctx context.Context, f *found) (*place, error) {
 		}
 		_ = unix.Flock(fd, unix.LOCK_SH)
 	}
+	if d.Mark && f.at.parent == nil {
+		o.marked = d.mark(fd, there)
+	}
 	o.pending.Store(1)
 	in.pending.Add(1)
 	d.copied(f, false, there)
 	return &place{parent: f.at, name: f.name, inode: f.attr.Inode, depth: f.at.depth + 1, open: o}, nil
+}
+
+// mark marks a directory that is new, and reports whether it is marked.
+func (d *dirSink) mark(fd int, there bool) bool {
+	if there {
+		var st unix.Stat_t
+		return unix.Fstatat(fd, unfinished, &st, unix.AT_SYMLINK_NOFOLLOW) == nil
+	}
+	file, err := unix.Openat(fd, unfinished, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		unix.Close(file)
+	}
+	return err == nil
 }
 
 // openBelow opens a directory's directory. One of our own that may not be read is made readable.
@@ -212,6 +239,9 @@ func (d *dirSink) leave(ctx context.Context, p *place) { d.release(ctx, p) }
 // time, and its mode may forbid to make anything.
 func (d *dirSink) release(ctx context.Context, p *place) {
 	for p != nil && p.open.pending.Add(-1) == 0 {
+		if p.open.marked && ctx.Err() == nil {
+			_ = unix.Unlinkat(p.open.fd, unfinished, 0)
+		}
 		if o := p.open; o.f != nil && ctx.Err() == nil && o.f.attr.Guest != nil {
 			if err := d.attributes(ctx, object{fd: o.fd}, o.f); err != nil {
 				d.fail(o.f.path(), err, true)

@@ -29,6 +29,8 @@ type Options struct {
 	Done func(n int64)
 	// Walked is told once how many bytes there are in all. It may be nil.
 	Walked func(total int64)
+	// Mark has a directory that is made for a source say that it is unfinished until it is complete: see Unfinished.
+	Mark bool
 	// Skip leaves entries of directories out. It may be nil.
 	Skip func(dir fs.Dir, name string) bool
 }
