@@ -67,6 +67,9 @@ type turns struct {
 }
 
 func (t *turns) next() fs.Node {
+	if t.at > 0 {
+		time.Sleep(100 * time.Millisecond) // the first is there by now
+	}
 	n := t.list[t.at%len(t.list)]
 	t.at++
 	return n
