@@ -79,7 +79,6 @@ func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 		NegativeTimeout: &none,
 		NullPermissions: true, // a guest's file that nobody may read is shown as that
 		RootStableAttr:  &gofs.StableAttr{Ino: 1},
-		NullPermissions: true, // a guest has files of mode 0
 	})
 	at, err := realPath(dir)
 	if err != nil {
