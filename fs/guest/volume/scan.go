@@ -82,6 +82,10 @@ func (s *scan) look(f found) {
 		s.add(v)
 		return
 	}
+	if s.member(f, &v) {
+		s.add(v)
+		return
+	}
 	v.Signature = signature(f.dev)
 	if f.kind != KindPartition && s.table(f, v.Signature) {
 		return
@@ -93,6 +97,60 @@ func (s *scan) look(f found) {
 		v.Encryption, v.dev, v.Err = "BitLocker", nil, ErrLocked
 	}
 	s.add(v)
+}
+
+// member looks for the superblock of an array.
+func (s *scan) member(f found, v *Volume) bool {
+	switch name := firmwareRAID(f.dev); {
+	case name != "" && f.kind == KindDisk:
+		v.Signature, v.dev, v.Err = name, nil, guest.Unsupported("a member of an array that the firmware made")
+		return true
+	}
+	m, err := readMember(f.dev)
+	if err != nil {
+		if err != guest.ErrUnknown {
+			s.warn(f.name, "%v", err)
+		}
+		return false
+	}
+	if m.minor < 0 && f.kind == KindDisk && lastPartitionHas(f.dev) {
+		return false
+	}
+	m.name, m.depth = f.name, f.depth
+	s.members = append(s.members, m)
+	v.Signature = "linux_raid_member"
+	return true
+}
+
+// lastPartitionHas reports whether the superblock 0.90 at the end of a disk is that of a partition which ends there.
+func lastPartitionHas(disk device) bool {
+	parts, _, err := bestMBR(disk)
+	if t, gerr := gpt(disk); gerr == nil {
+		parts, err = t.parts, nil
+	}
+	for _, p := range parts {
+		dev, perr := p.device(disk)
+		if err == nil && perr == nil && p.off+md0Place(dev.Size()) == md0Place(disk.Size()) {
+			return true
+		}
+	}
+	return false
+}
+
+// firmwareRAID recognises the metadata of Intel's and the SNIA's formats at the end of a disk, by blkid's names (mdadm(8), imsm and
+// ddf).
+func firmwareRAID(dev device) string {
+	b := make([]byte, 1024)
+	if dev.Size() < 1024 || guest.ReadFull(dev, b, dev.Size()-1024) != nil {
+		return ""
+	}
+	switch {
+	case strings.HasPrefix(string(b), "Intel Raid ISM Cfg Sig. "):
+		return "isw_raid_member"
+	case string(b[512:516]) == "\xde\x11\xde\x11", string(b[512:516]) == "\x11\xde\x11\xde":
+		return "ddf_raid_member"
+	}
+	return ""
 }
 
 func (s *scan) physical(f found) {
@@ -323,7 +381,3 @@ func clean(name string) string {
 	}
 	return name
 }
-
-type member struct{}
-
-func (s *scan) arrays() bool { return false }

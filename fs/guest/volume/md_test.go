@@ -1,0 +1,173 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/fs/guest"
+	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
+)
+
+// mdArrays are what the guest makes: each on a partition of as many disks.
+var mdArrays = []struct {
+	name  string
+	disks int
+	args  string
+	lost  int // members that it can do without
+}{
+	{"linear", 3, "--metadata=1.2 --level=linear", 0},
+	{"raid0", 3, "--metadata=1.2 --level=0 --chunk=64", 0},
+	{"zones-original", 4, "--metadata=1.2 --level=0 --chunk=64 --layout=original", 0},
+	{"zones-alternate", 4, "--metadata=1.2 --level=0 --chunk=64 --layout=alternate", 0},
+	{"raid1-0.90", 3, "--metadata=0.90 --level=1", 2},
+	{"raid1-1.0", 2, "--metadata=1.0 --level=1", 1},
+	{"raid1-1.1", 2, "--metadata=1.1 --level=1 --bitmap=internal", 1},
+	{"raid4", 4, "--metadata=1.2 --level=4 --chunk=64", 1},
+	{"raid5-0.90", 3, "--metadata=0.90 --level=5 --chunk=32", 1},
+	{"raid5-la", 4, "--metadata=1.2 --level=5 --chunk=64 --layout=left-asymmetric", 1},
+	{"raid5-ra", 4, "--metadata=1.2 --level=5 --chunk=64 --layout=right-asymmetric", 1},
+	{"raid5-ls", 4, "--metadata=1.2 --level=5 --chunk=64 --layout=left-symmetric", 1},
+	{"raid5-rs", 5, "--metadata=1.2 --level=5 --chunk=64 --layout=right-symmetric", 1},
+	{"raid5-first", 4, "--metadata=1.2 --level=5 --chunk=64 --layout=parity-first", 1},
+	{"raid5-last", 4, "--metadata=1.2 --level=5 --chunk=64 --layout=parity-last", 1},
+	{"raid6-la", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=left-asymmetric", 2},
+	{"raid6-ra", 6, "--metadata=1.2 --level=6 --chunk=64 --layout=right-asymmetric", 2},
+	{"raid6-ls", 6, "--metadata=1.2 --level=6 --chunk=64 --layout=left-symmetric", 2},
+	{"raid6-rs", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=right-symmetric", 2},
+	{"raid6-first", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=parity-first", 2},
+	{"raid6-last", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=parity-last", 2},
+	{"raid6-zr", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=ddf-zero-restart", 2},
+	{"raid6-nr", 6, "--metadata=1.2 --level=6 --chunk=64 --layout=ddf-N-restart", 2},
+	{"raid6-nc", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=ddf-N-continue", 2},
+	{"raid6-la6", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=left-asymmetric-6", 2},
+	{"raid6-ls6", 6, "--metadata=1.2 --level=6 --chunk=64 --layout=left-symmetric-6", 2},
+	{"raid6-rs6", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=right-symmetric-6", 2},
+	{"raid6-first6", 5, "--metadata=1.2 --level=6 --chunk=64 --layout=parity-first-6", 2},
+	{"raid10-n2", 5, "--metadata=1.2 --level=10 --chunk=64 --layout=n2", 1},
+	{"raid10-n3", 4, "--metadata=1.0 --level=10 --chunk=64 --layout=n3", 2},
+	{"raid10-f2", 5, "--metadata=1.2 --level=10 --chunk=64 --layout=f2", 1},
+	{"raid10-f3", 4, "--metadata=1.2 --level=10 --chunk=64 --layout=f3", 2},
+	{"raid10-o2", 5, "--metadata=1.2 --level=10 --chunk=64 --layout=o2", 1},
+	{"raid10-o3", 5, "--metadata=1.2 --level=10 --chunk=64 --layout=o3", 2},
+}
+
+// mdScript makes them, fills them with noise and writes for each its name, its number of bytes and its SHA-256.
+func mdScript() string {
+	var s strings.Builder
+	s.WriteString(`
+export MDADM_NO_UDEV=1
+echo 200000 > /proc/sys/dev/raid/speed_limit_min
+finish() { # name device
+	mdadm --wait $2 >&2 || true
+	dd if=/dev/urandom of=$2 bs=256k >&2 2>/dev/null || true
+	sync
+	echo 3 > /proc/sys/vm/drop_caches
+	echo $1 $(blockdev --getsize64 $2) $(sha256sum < $2)
+	mdadm --stop $2 >&2
+}
+`)
+	for i, a := range mdArrays {
+		var devs []string
+		for d := range a.disks {
+			devs = append(devs, fmt.Sprintf("/dev/vd%c%d", 'a'+d, i+1))
+		}
+		name := "--homehost=host --name=" + a.name
+		if strings.Contains(a.args, "0.90") {
+			name = ""
+		}
+		fmt.Fprintf(&s, "yes | mdadm --create /dev/md%d %s --run %s --raid-devices=%d %s >&2\n", i, name, a.args, a.disks, strings.Join(devs, " "))
+		fmt.Fprintf(&s, "finish %s /dev/md%d\n", a.name, i)
+	}
+	return s.String()
+}
+
+// mdDisks are disks of equal partitions, but that those of the zones differ.
+func mdDisks(t *testing.T) (images []string) {
+	t.Helper()
+	for d := range 6 {
+		var s strings.Builder
+		s.WriteString("label: gpt\n")
+		for _, a := range mdArrays {
+			size := 6
+			if strings.HasPrefix(a.name, "zones") || a.name == "linear" {
+				size += []int{0, 3, 5, 3, 0, 0}[d]
+			}
+			fmt.Fprintf(&s, "size=%dM\n", size)
+		}
+		image := guesttest.Sparse(t, 400<<20)
+		sfdisk(t, image, s.String())
+		images = append(images, image)
+	}
+	return images
+}
+
+// TestArrays: every level and layout as Linux reads it, whole and with members missing.
+func TestArrays(t *testing.T) {
+	guesttest.Needs(t, "qemu-system-x86_64", "mdadm", "sfdisk")
+	images := mdDisks(t)
+	out := guesttest.Guest(t, images, mdScript())
+	want := map[string]string{} // name => size and sum
+	for i, line := range strings.Split(strings.TrimSpace(out), "\n") {
+		f := strings.Fields(line)
+		if len(f) < 3 || f[0] != mdArrays[i].name {
+			t.Fatalf("%q", line)
+		}
+		want[f[0]] = f[1] + " " + f[2]
+	}
+	if len(want) != len(mdArrays) {
+		t.Fatal(out)
+	}
+	for _, lost := range [][]int{{}, {0}, {1}, {2}, {3}, {0, 1}, {0, 2}, {1, 2}, {2, 3}, {1, 3}, {0, 4}, {3, 4}} {
+		checkArrays(t, images, lost, want)
+	}
+}
+
+// checkArrays compares arrays without some disks: those that can do without must be right, others must say that they cannot.
+func checkArrays(t *testing.T, images []string, lost []int, want map[string]string) {
+	t.Helper()
+	var disks []Disk
+	for i, image := range images {
+		gone := false
+		for _, l := range lost {
+			gone = gone || l == i
+		}
+		if !gone {
+			disks = append(disks, Disk{fmt.Sprintf("disk%d", i), guesttest.OpenDevice(t, image)})
+		}
+	}
+	got, _ := byName(Scan(disks, Options{}))
+	for i, a := range mdArrays {
+		missing := 0
+		for _, l := range lost {
+			if l < a.disks {
+				missing++
+			}
+		}
+		name := a.name
+		if strings.Contains(a.args, "0.90") {
+			name = "md" + strconv.Itoa(i)
+		}
+		v, ok := got[name]
+		switch {
+		case missing > a.lost && strings.HasPrefix(name, "raid10") && v.Device != nil:
+		case missing == a.disks:
+		case missing > a.lost:
+			if !ok || v.Device != nil || !errors.Is(v.Err, guest.ErrDamaged) {
+				t.Errorf("%s without %v: %+v", name, lost, v)
+			}
+			continue
+		case v.Device == nil || v.Kind != KindArray:
+			t.Errorf("%s without %v: %+v", name, lost, v)
+			continue
+		}
+		if missing == a.disks {
+			continue
+		}
+		if sum := fmt.Sprint(v.Device.Size(), " ", sum(t, v.Device)); sum != want[a.name] {
+			t.Errorf("%s without %v: %s, want %s", name, lost, sum, want[a.name])
+		}
+	}
+}
