@@ -37,6 +37,13 @@ func (b *builder) device(name string) (device, error) {
 	}
 	b.built[name] = result{}
 	dev, err := b.assemble(lv)
+	if err == nil {
+		if s, ok := b.snapshotOf(name); ok {
+			dev, err = b.snapshot(s, dev)
+		} else {
+			dev, err = b.origin(name, dev)
+		}
+	}
 	if err != nil {
 		dev = nil
 	}
@@ -48,9 +55,6 @@ func (b *builder) device(name string) (device, error) {
 func (b *builder) assemble(lv *logical) (device, error) {
 	if len(lv.segments) == 0 {
 		return nil, guest.Damaged("LVM2: %s has no segments", lv.name)
-	}
-	if store, chunk, ok := b.snapshotOf(lv.name); ok {
-		return b.snapshot(store, chunk, lv)
 	}
 	var parts []place
 	at := int64(0)
@@ -70,13 +74,9 @@ func (b *builder) assemble(lv *logical) (device, error) {
 		parts = append(parts, place{dev, 0, size})
 	}
 	if len(parts) == 1 && parts[0].dev != nil && parts[0].dev.Size() == parts[0].n {
-		return b.markOrigin(lv.name, parts[0].dev), nil
+		return parts[0].dev, nil
 	}
-	dev, err := concat(parts)
-	if err != nil {
-		return nil, err
-	}
-	return b.markOrigin(lv.name, dev), nil
+	return concat(parts)
 }
 
 // segment makes the device of one segment; nil for zeros.

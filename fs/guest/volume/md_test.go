@@ -81,7 +81,24 @@ finish() { # name device
 		fmt.Fprintf(&s, "yes | mdadm --create /dev/md%d %s --run %s --raid-devices=%d %s >&2\n", i, name, a.args, a.disks, strings.Join(devs, " "))
 		fmt.Fprintf(&s, "finish %s /dev/md%d\n", a.name, i)
 	}
-	return s.String()
+	return s.String() + strings.NewReplacer("P1", fmt.Sprint(len(mdArrays)+1), "P2", fmt.Sprint(len(mdArrays)+2)).Replace(`
+# One member fails and misses writes; another array is stopped in the middle of a rebuild.
+yes | mdadm --create /dev/md100 --homehost=host --name=stale --run --level=1 --raid-devices=2 /dev/vdaP1 /dev/vdbP1 >&2
+mdadm --wait /dev/md100 >&2 || true
+mdadm /dev/md100 --fail /dev/vdaP1 --remove /dev/vdaP1 >&2
+finish stale /dev/md100
+yes | mdadm --create /dev/md101 --homehost=host --name=rebuilt --run --level=5 --chunk=64 --raid-devices=3 /dev/vdaP2 /dev/vdbP2 /dev/vdcP2 >&2
+mdadm --wait /dev/md101 >&2 || true
+mdadm /dev/md101 --fail /dev/vdbP2 --remove /dev/vdbP2 >&2
+dd if=/dev/urandom of=/dev/md101 bs=256k >&2 2>/dev/null || true
+mdadm --zero-superblock /dev/vdbP2; dd if=/dev/urandom of=/dev/vdbP2 bs=256k >&2 2>/dev/null || true
+echo 100 > /proc/sys/dev/raid/speed_limit_min; echo 200 > /proc/sys/dev/raid/speed_limit_max
+mdadm /dev/md101 --add /dev/vdbP2 >&2
+sleep 4
+echo rebuilt $(blockdev --getsize64 /dev/md101) $(sha256sum < /dev/md101)
+cat /proc/mdstat >&2
+mdadm --stop /dev/md101 >&2
+`)
 }
 
 // mdDisks are disks of equal partitions, but that those of the zones differ.
@@ -91,13 +108,14 @@ func mdDisks(t *testing.T) (images []string) {
 		var s strings.Builder
 		s.WriteString("label: gpt\n")
 		for _, a := range mdArrays {
-			size := 6
+			size := 4
 			if strings.HasPrefix(a.name, "zones") || a.name == "linear" {
 				size += []int{0, 3, 5, 3, 0, 0}[d]
 			}
 			fmt.Fprintf(&s, "size=%dM\n", size)
 		}
-		image := guesttest.Sparse(t, 400<<20)
+		s.WriteString("size=4M\nsize=16M\n")
+		image := guesttest.Sparse(t, 300<<20)
 		sfdisk(t, image, s.String())
 		images = append(images, image)
 	}
@@ -112,15 +130,21 @@ func TestArrays(t *testing.T) {
 	want := map[string]string{} // name => size and sum
 	for i, line := range strings.Split(strings.TrimSpace(out), "\n") {
 		f := strings.Fields(line)
-		if len(f) < 3 || f[0] != mdArrays[i].name {
+		if len(f) < 3 || i < len(mdArrays) && f[0] != mdArrays[i].name {
 			t.Fatalf("%q", line)
 		}
 		want[f[0]] = f[1] + " " + f[2]
 	}
-	if len(want) != len(mdArrays) {
+	if len(want) != len(mdArrays)+2 {
 		t.Fatal(out)
 	}
-	for _, lost := range [][]int{{}, {0}, {1}, {2}, {3}, {0, 1}, {0, 2}, {1, 2}, {2, 3}, {1, 3}, {0, 4}, {3, 4}} {
+	got, warnings := scanImages(t, Options{}, images...)
+	sameSum(t, got, "stale", want["stale"])
+	sameSum(t, got, "rebuilt", want["rebuilt"])
+	if len(warnings) != 1 || !strings.Contains(warnings[0], "out of date") {
+		t.Error(warnings)
+	}
+	for _, lost := range [][]int{{}, {0}, {2}, {3}, {0, 1}, {1, 3}, {2, 3}, {0, 4}} {
 		checkArrays(t, images, lost, want)
 	}
 }

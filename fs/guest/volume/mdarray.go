@@ -131,7 +131,7 @@ func (s *scan) legs(name string, best *member, members []*member) ([]leg, []stri
 			continue
 		case m.role < 0 || m.role >= best.disks:
 			continue
-		case m.events+1 < best.events:
+		case m.events+1 < best.events, m.own < len(best.roles) && best.roles[m.own] < 0:
 			s.warn(name, "%s is out of date and left out", m.name)
 			continue
 		}

@@ -30,6 +30,9 @@ type member struct {
 	avail  int64 // bytes for data
 	events uint64
 	role   int // its place in the array; below 0: spare, faulty or a journal
+	own    int // its number, which stays when its place changes
+	// roles are the places of all numbers, as this superblock knows them.
+	roles []int
 	// recovered is up to where a member that is being rebuilt is good, bytes; below 0 for all of it.
 	recovered int64
 	dirty     bool // writes may be in some members and not in others
@@ -128,16 +131,21 @@ func readMember1(dev device, at int64, minor int) (*member, error) {
 	}
 	m.size, m.chunk, m.start, m.avail = int64(size)*sectorSize, int64(chunk)*sectorSize, int64(start)*sectorSize, int64(avail)*sectorSize
 	m.avail = min(m.avail, dev.Size()-m.start)
-	m.role = roleSpare
-	if own := int(le.Uint32(b[160:])); own >= 0 && own < roles {
-		switch r := int(le.Uint16(b[256+2*own:])); {
+	for i := range roles {
+		r := int(le.Uint16(b[256+2*i:]))
+		switch {
 		case r == 0xfffe:
-			m.role = roleFaulty
+			r = roleFaulty
 		case r == 0xfffd:
-			m.role = roleJournal
-		case r < 0xff00:
-			m.role = r
+			r = roleJournal
+		case r >= 0xff00:
+			r = roleSpare
 		}
+		m.roles = append(m.roles, r)
+	}
+	m.role, m.own = roleSpare, int(le.Uint32(b[160:]))
+	if m.own >= 0 && m.own < roles {
+		m.role = m.roles[m.own]
 	}
 	if features&mdRecovery != 0 && m.role != roleJournal {
 		m.recovered = int64(min(le.Uint64(b[152:]), 1<<52)) * sectorSize
@@ -149,10 +157,11 @@ func readMember1(dev device, at int64, minor int) (*member, error) {
 	return m, nil
 }
 
-// readBad reads the list of bad blocks: 64 bits each, the sector's number above 9 bits of a count, the list ends with all bits set.
+// readBad reads the list of bad blocks: 64 bits each, a sector of the device above 10 bits of a count. The list ends with all bits
+// set, or after the 8 sectors that Linux allows.
 func (m *member) readBad(b []byte, at int64) {
 	le := binary.LittleEndian
-	shift, n, off := b[185], int64(le.Uint16(b[186:])), int64(int32(le.Uint32(b[188:])))
+	shift, n, off := b[185], min(8, int64(le.Uint16(b[186:]))), int64(int32(le.Uint32(b[188:])))
 	if le.Uint32(b[8:])&8 == 0 || n == 0 || shift > 20 {
 		return
 	}
@@ -194,8 +203,7 @@ func readMember0(dev device) (*member, error) {
 	if mdSum(b, 38*4) != word(38) {
 		return nil, guest.Damaged("md: the superblock's checksum")
 	}
-	const active, sync, journal = 1 << 1, 1 << 2, 1 << 18
-	own := 992
+	const active, sync = 1 << 1, 1 << 2
 	m := &member{dev: dev, minor: -1, number: int(word(11)), level: int(int32(word(7))), layout: int(word(64)), chunk: int64(word(65)),
 		set: fmt.Sprintf("%08x%08x%08x%08x", word(5), word(13), word(14), word(15)), disks: int(word(10)), size: int64(word(8)) << 10,
 		avail: at, events: uint64(word(39)) | uint64(word(40))<<32, role: roleSpare, recovered: -1,
@@ -203,9 +211,18 @@ func readMember0(dev device) (*member, error) {
 	if m.disks < 1 || m.disks > 27 {
 		return nil, guest.Damaged("md: a superblock with %d disks", m.disks)
 	}
-	if place, state := int(word(own+3)), word(own+4); state&1 == 0 && state&(active|sync) == active|sync && place < m.disks {
-		m.role = place
+	place := func(at int) int {
+		place, state := int(word(at+3)), word(at+4)
+		if state&1 != 0 || state&(active|sync) != active|sync || place >= m.disks {
+			return roleSpare
+		}
+		return place
 	}
+	const descriptors, mine = 128, 992
+	for i := range 27 {
+		m.roles = append(m.roles, place(descriptors+32*i))
+	}
+	m.role, m.own = place(mine), int(word(mine))
 	if m.level == 0 {
 		m.layout = 0
 	}

@@ -17,7 +17,7 @@ const (
 // Scan finds the volumes of a machine's disks. What is wrong with one of them is in its Err; warnings are about what is between
 // them: a backup table in use, an array with members missing.
 func Scan(disks []Disk, opt Options) ([]Volume, []string) {
-	s := &scan{opt: opt, names: map[string]bool{}}
+	s := &scan{opt: opt, names: map[string]bool{}, said: map[string]bool{}}
 	for i, d := range disks {
 		s.look(found{name: d.Name, kind: KindDisk, dev: whole{d.Device, i}})
 	}
@@ -38,6 +38,7 @@ type scan struct {
 	volumes  []Volume
 	warnings []string
 	names    map[string]bool // in use
+	said     map[string]bool // warnings
 	pvs      []*physical     // of groups not yet assembled
 	members  []*member       // of arrays not yet assembled
 }
@@ -47,11 +48,14 @@ type found struct {
 	name, kind, detail string
 	dev                device
 	depth              int
+	encryption, uuid   string // that it was hidden by
 }
 
 func (s *scan) warn(name, format string, args ...any) {
-	if len(s.warnings) < maxVolumes {
-		s.warnings = append(s.warnings, name+": "+fmt.Sprintf(format, args...))
+	w := name + ": " + fmt.Sprintf(format, args...)
+	if len(s.warnings) < maxVolumes && !s.said[w] {
+		s.said[w] = true
+		s.warnings = append(s.warnings, w)
 	}
 }
 
@@ -76,7 +80,7 @@ func (s *scan) add(v Volume) {
 
 // look finds out what a device holds, and goes into it.
 func (s *scan) look(f found) {
-	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev}
+	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev, Encryption: f.encryption, UUID: f.uuid}
 	if f.depth > maxDepth {
 		v.dev, v.Err = nil, guest.Unsupported("more than %d containers in each other", maxDepth)
 		s.add(v)
@@ -93,6 +97,10 @@ func (s *scan) look(f found) {
 	switch v.Signature {
 	case "LVM2_member":
 		s.physical(f)
+	case "crypto_LUKS":
+		if s.luks(f, &v) {
+			return
+		}
 	case "BitLocker":
 		v.Encryption, v.dev, v.Err = "BitLocker", nil, ErrLocked
 	}
@@ -151,6 +159,41 @@ func firmwareRAID(dev device) string {
 		return "ddf_raid_member"
 	}
 	return ""
+}
+
+// luks opens an encrypted volume and looks into it, under the same name. It says no when it stays closed.
+func (s *scan) luks(f found, v *Volume) bool {
+	v.dev, v.Encryption = nil, "LUKS"
+	h, err := readLUKS(f.dev)
+	if err != nil {
+		v.Err = err
+		return false
+	}
+	v.Encryption, v.UUID = fmt.Sprintf("LUKS%d %s", h.version, h.cipher), h.uuid
+	if h.damaged {
+		s.warn(f.name, "the first LUKS header is damaged; the second is used")
+	}
+	v.Err = ErrLocked
+	if h.refused != nil {
+		v.Err = h.refused
+		return false
+	}
+	if s.opt.Unlock == nil {
+		return false
+	}
+	memory := s.opt.KeyMemory
+	if memory == 0 {
+		memory = 1 << 30
+	}
+	keys := s.opt.Unlock(Locked{Name: f.name, Type: "crypto_LUKS", UUID: h.uuid, Label: h.label})
+	dev, err := h.open(f.dev, keys, memory)
+	if err != nil {
+		v.Err = err
+		return false
+	}
+	f.dev, f.encryption, f.uuid, f.depth = dev, v.Encryption, v.UUID, f.depth+1
+	s.look(f)
+	return true
 }
 
 func (s *scan) physical(f found) {
@@ -265,9 +308,13 @@ func (s *scan) groups(partial bool) bool {
 		pv := map[string]device{}
 		depth := 0
 		for _, p := range s.pvs {
-			if g.member(p.id) && pv[p.id] == nil {
+			switch {
+			case !g.member(p.id):
+			case pv[p.id] == nil:
 				pv[p.id] = p.dev
 				depth = max(depth, p.depth)
+			default:
+				s.warn(p.name, "has the id of another physical volume and is left out")
 			}
 		}
 		if len(pv) < len(g.pvs) && !partial {
@@ -279,7 +326,7 @@ func (s *scan) groups(partial bool) bool {
 	}
 	if partial {
 		for _, err := range bad {
-			s.warnings = append(s.warnings, err.Error())
+			s.warn("LVM2", "%v", err)
 		}
 	}
 	return any
@@ -341,10 +388,14 @@ func (s *scan) group(g *group, pv map[string]device, depth int) {
 		warn: func(format string, args ...any) { s.warn(g.name, format, args...) }}
 	for _, name := range g.order {
 		lv := g.lvs[name]
-		if !lv.shown() {
+		snapshot, ok := b.snapshotOf(name)
+		if !ok && !lv.shown() {
 			continue
 		}
 		f := found{name: clean(mapperName(g.name, name)), kind: KindLogical, detail: lv.detail(), depth: depth + 1}
+		if ok {
+			f.detail = "snapshot of " + snapshot.text("origin")
+		}
 		dev, err := b.device(name)
 		if note := b.notes[name]; note != "" {
 			f.detail += ", " + note

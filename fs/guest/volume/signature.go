@@ -82,7 +82,15 @@ func signature(dev guest.Device) string {
 	case isZFS(dev):
 		return "zfs_member"
 	}
-	return extName(b)
+	if name := extName(b); name != "" {
+		return name
+	}
+	for _, at := range luks2Second { // the first header is gone
+		if hasMagic(dev, b, magic{at, luksSecond, ""}) {
+			return "crypto_LUKS"
+		}
+	}
+	return ""
 }
 
 func hasMagic(dev guest.Device, b []byte, m magic) bool {
