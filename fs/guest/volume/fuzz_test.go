@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"bytes"
 	"encoding/binary"
 	"hash/crc32"
 	"math/rand/v2"
@@ -44,14 +43,12 @@ func sealLabel(b []byte) {
 }
 
 func FuzzMBR(f *testing.F) {
-	b := make([]byte, 512)
-	copy(b[446:], []byte{0x80, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 9, 0, 0, 0})
-	b[510], b[511] = 0x55, 0xaa
+	b := []byte{0x80, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 9, 0, 0, 0}
 	f.Add(b, b)
 	f.Fuzz(func(t *testing.T, first, second []byte) {
 		disk := make(memory, 16<<10)
-		copy(disk, first)
-		copy(disk[512:], second)
+		copy(disk[446:], first)
+		copy(disk[512+446:], second)
 		disk[510], disk[511], disk[1022], disk[1023] = 0x55, 0xaa, 0x55, 0xaa
 		try(disk)
 	})
@@ -77,6 +74,9 @@ func FuzzGPT(f *testing.F) {
 	})
 }
 
+const lvmText = `v { extent_size = 8 physical_volumes { a { id = "0123456789abcdef0123456789abcdef" pe_count = 2 } } logical_volumes {
+l { status = ["VISIBLE"] segment_count = 1 segment1 { start_extent = 0 extent_count = 1 type = "striped" stripe_count = 1 stripes = ["a", 0] } } } }`
+
 const someText = `vg { id = "a" seqno = 1 extent_size = 8 physical_volumes { pv0 { id = "0123456789abcdef0123456789abcdef" pe_start = 16 pe_count = 2 } }
 logical_volumes { lv { id = "b" status = ["VISIBLE"] segment_count = 1 segment1 { start_extent = 0 extent_count = 1 type = "striped" stripe_count = 1 stripes = ["pv0", 0] } }
 r { status = ["VISIBLE"] segment_count = 1 segment1 { start_extent = 0 extent_count = 1 type = "raid5" stripe_size = 1 raids = ["lv", "lv", "r", "r"] } }
@@ -85,6 +85,7 @@ p { status = [] segment_count = 1 segment1 { start_extent = 0 extent_count = 1 t
 n { status = ["VISIBLE"] segment_count = 1 segment1 { start_extent = 0 extent_count = 1 type = "snapshot" origin = "lv" cow_store = "s" } } } }`
 
 func FuzzText(f *testing.F) {
+	f.Add([]byte(lvmText))
 	f.Add([]byte(someText))
 	f.Add([]byte(`a = [1, "\"b\\"] # c`))
 	f.Fuzz(func(t *testing.T, text []byte) {
@@ -99,7 +100,7 @@ func FuzzText(f *testing.F) {
 }
 
 func FuzzLabel(f *testing.F) {
-	b := make([]byte, 512)
+	b := make([]byte, 120)
 	copy(b, "LABELONE")
 	copy(b[24:], "LVM2 001")
 	b[20] = 32
@@ -115,7 +116,7 @@ func FuzzLabel(f *testing.F) {
 }
 
 func FuzzMember(f *testing.F) {
-	b := make([]byte, 1024)
+	b := make([]byte, 232)
 	le := binary.LittleEndian
 	le.PutUint32(b, mdMagic)
 	le.PutUint32(b[4:], 1)
@@ -202,7 +203,7 @@ func FuzzLUKS2(f *testing.F) {
 
 func FuzzThin(f *testing.F) {
 	le := binary.LittleEndian
-	super := make([]byte, 512)
+	super := make([]byte, 344)
 	le.PutUint64(super[32:], thinMagic)
 	le.PutUint32(super[40:], 2)
 	le.PutUint64(super[320:], 1)
@@ -236,10 +237,11 @@ func FuzzThin(f *testing.F) {
 }
 
 func FuzzSnapshot(f *testing.F) {
-	f.Add(append([]byte("SnAp\x01\x00\x00\x00\x01\x00\x00\x00\x08\x00\x00\x00"), bytes.Repeat([]byte{1, 0, 0, 0, 0, 0, 0, 0}, 700)...))
-	f.Fuzz(func(t *testing.T, store []byte) {
+	f.Add([]byte("SnAp\x01\x00\x00\x00\x01\x00\x00\x00\x08\x00\x00\x00"), []byte("\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00"))
+	f.Fuzz(func(t *testing.T, header, pairs []byte) {
 		disk := make(memory, 64<<10)
-		copy(disk, store)
+		copy(disk[4096:], pairs)
+		copy(disk, header)
 		g := &group{extent: 4096, lvs: map[string]*logical{}}
 		b := &builder{group: g, built: map[string]result{"o": {whole{make(memory, 64<<10), 0}, nil}}}
 		s := segment{0, 16, "snapshot", &textNode{values: map[string]any{"origin": "o"}}}

@@ -1,11 +1,16 @@
 package volume
 
 import (
+	"bytes"
+	"crypto/aes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/crypto/xts"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
@@ -60,6 +65,34 @@ say deep-lv /dev/mapper/innermost
 cryptsetup close innermost; vgchange -an deep >&2; cryptsetup close inner; mdadm --wait /dev/md0 >&2 || true; mdadm --stop /dev/md0 >&2
 `, n+1, n+2)
 	return s.String()
+}
+
+// TestXTS compares XTS with golang.org/x/crypto.
+func TestXTS(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(3, 3))
+	for range 200 {
+		key, want := make([]byte, 32+32*rnd.IntN(2)), make([]byte, 512<<rnd.IntN(4))
+		for i := range key {
+			key[i] = byte(rnd.Uint32())
+		}
+		for i := range want {
+			want[i] = byte(rnd.Uint32())
+		}
+		sector := rnd.Uint64() >> rnd.IntN(64)
+		other, err := xts.NewCipher(aes.NewCipher, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, len(want))
+		other.Encrypt(b, want, sector)
+		c, err := newSectorCipher("aes-xts-plain64", key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.decrypt(b, sector); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes of sector %d differ", len(b), sector)
+		}
+	}
 }
 
 func TestLUKS(t *testing.T) {

@@ -1,0 +1,122 @@
+package volume
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/fs/guest"
+	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
+)
+
+// TestThinTrees: mappings in trees of several levels, as thin_restore writes them; and no mapping is wrong when bytes are.
+func TestThinTrees(t *testing.T) {
+	guesttest.Needs(t, "thin_restore", "thin_dump")
+	rnd := rand.New(rand.NewPCG(9, 9))
+	const data = 1 << 20 // blocks
+	want := map[uint64]map[uint64]uint64{}
+	var xml strings.Builder
+	fmt.Fprintf(&xml, "<superblock uuid=\"\" time=\"3\" transaction=\"7\" version=\"2\" data_block_size=\"128\" nr_data_blocks=\"%d\">\n", data)
+	next := uint64(5)
+	for _, dev := range []uint64{0, 1, 7, 1<<24 - 1} {
+		want[dev] = map[uint64]uint64{}
+		var maps strings.Builder
+		block := uint64(0)
+		for range 30000 {
+			block += 1 + uint64(rnd.IntN(3))*uint64(rnd.IntN(1000))
+			next += 1 + uint64(rnd.IntN(3))
+			want[dev][block] = next
+			fmt.Fprintf(&maps, "<single_mapping origin_block=\"%d\" data_block=\"%d\" time=\"%d\"/>\n", block, next, rnd.IntN(4))
+		}
+		fmt.Fprintf(&xml, "<device dev_id=\"%d\" mapped_blocks=\"%d\" transaction=\"1\" creation_time=\"0\" snap_time=\"2\">\n%s</device>\n", dev, len(want[dev]), maps.String())
+	}
+	xml.WriteString("</superblock>\n")
+	in := filepath.Join(t.TempDir(), "xml")
+	if err := os.WriteFile(in, []byte(xml.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	image := guesttest.Sparse(t, 32<<20)
+	guesttest.Run(t, "thin_restore", "-i", in, "-o", image)
+
+	meta, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if wrong, damaged := thinWrong(t, meta, want, 1); wrong != 0 || damaged != 0 {
+		t.Errorf("%d mappings wrong, %d damaged", wrong, damaged)
+	}
+	total := 0
+	for range 30 {
+		// In what the trees use: blocks with a node's flags.
+		bad := append([]byte(nil), meta...)
+		for range 20 {
+			bad[rnd.IntN(6<<20)] ^= 1 << rnd.IntN(8)
+		}
+		wrong, damaged := thinWrong(t, bad, want, 17)
+		if wrong != 0 {
+			t.Errorf("%d mappings wrong after damage", wrong)
+		}
+		total += damaged
+	}
+	if total == 0 {
+		t.Error("the damage hit nothing")
+	}
+}
+
+// thinWrong looks mappings up, one in step, and counts those that are wrong and those that are damaged.
+func thinWrong(t *testing.T, meta []byte, want map[uint64]map[uint64]uint64, step int) (wrong, damaged int) {
+	t.Helper()
+	p, err := openPool(whole{memory(meta), 0}, whole{memory{}, 0}, 0)
+	if err != nil {
+		return 0, 1
+	}
+	n := 0
+	for dev, blocks := range want {
+		root, ok, err := p.lookup(p.mappings, dev)
+		if errors.Is(err, guest.ErrDamaged) {
+			damaged++
+			continue
+		}
+		if !ok || err != nil {
+			t.Fatal(dev, ok, err)
+		}
+		for block, at := range blocks {
+			if n++; n%step != 0 {
+				continue
+			}
+			value, ok, err := p.lookup(root, block)
+			_, hole, err2 := p.lookup(root, block+1)
+			_, mapped := blocks[block+1]
+			switch {
+			case errors.Is(err, guest.ErrDamaged) || errors.Is(err2, guest.ErrDamaged):
+				damaged++
+			case err != nil || err2 != nil || !ok || value>>24 != at || hole != mapped:
+				wrong++
+			}
+		}
+	}
+	return wrong, damaged
+}
+
+// TestLogicalLoop: a chain of EBRs that comes back to itself ends, with a warning.
+func TestLogicalLoop(t *testing.T) {
+	disk := make(memory, 1<<20)
+	entry := func(at, i int, kind, start, count byte) {
+		e := disk[at*512+446+16*i:]
+		e[4], e[8], e[12] = kind, start, count
+		disk[at*512+510], disk[at*512+511] = 0x55, 0xaa
+	}
+	entry(0, 0, 5, 10, 200)
+	entry(10, 0, 0x83, 1, 5)
+	entry(10, 1, 5, 20, 5)
+	entry(30, 0, 0x83, 1, 5)
+	entry(30, 1, 5, 0, 5) // back to the first: relative to the extended partition
+	got, warnings := byName(Scan([]Disk{{"d", disk}}, Options{}))
+	if len(got) != 2 || got["d/p5"].Device == nil || got["d/p6"].Device == nil || len(warnings) != 1 || !strings.Contains(warnings[0], "comes back") {
+		t.Errorf("%+v %v", got, warnings)
+	}
+}
