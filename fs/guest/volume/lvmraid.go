@@ -2,6 +2,7 @@ package volume
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -90,6 +91,9 @@ func (b *builder) images(lv *logical, s segment) ([]leg, error) {
 	gone := 0
 	for i := range legs {
 		dev, err := b.device(names[i*step+step-1])
+		if errors.Is(err, guest.ErrUnsupported) {
+			return nil, err
+		}
 		if err != nil {
 			gone++
 			b.warn("%s: image %d of RAID is missing: %v", lv.name, i, err)

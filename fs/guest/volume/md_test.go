@@ -141,6 +141,11 @@ func TestArrays(t *testing.T) {
 	got, warnings := scanImages(t, Options{}, images...)
 	sameSum(t, got, "stale", want["stale"])
 	sameSum(t, got, "rebuilt", want["rebuilt"])
+	// The rebuild must not have ended before the guest did.
+	m, err := readMember(got[fmt.Sprintf("disk1/p%d", len(mdArrays)+2)].dev)
+	if err != nil || m.recovered < 0 || m.recovered >= m.size {
+		t.Errorf("%+v, %v", m, err)
+	}
 	if len(warnings) != 1 || !strings.Contains(warnings[0], "out of date") {
 		t.Error(warnings)
 	}

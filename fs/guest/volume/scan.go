@@ -90,7 +90,11 @@ func (s *scan) look(f found) {
 		s.add(v)
 		return
 	}
-	v.Signature = signature(f.dev)
+	if v.Signature, v.Err = signature(f.dev); v.Err != nil {
+		v.dev = nil
+		s.add(v)
+		return
+	}
 	if f.kind != KindPartition && s.table(f, v.Signature) {
 		return
 	}
@@ -211,6 +215,9 @@ func (s *scan) table(f found, sign string) bool {
 	t, err := gpt(f.dev)
 	parts, warnings, merr := bestMBR(f.dev)
 	switch {
+	case err != nil && !errors.Is(err, guest.ErrUnknown) && !errors.Is(err, guest.ErrDamaged):
+		s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: err})
+		return true
 	case err == nil && s.wholeInstead(f, t.parts, sign, true):
 		return false
 	case err == nil:
@@ -220,8 +227,8 @@ func (s *scan) table(f found, sign string) bool {
 		s.partitions(f, "gpt", t.parts)
 		return true
 	case merr != nil:
-		s.warn(f.name, "%v", merr)
-		return false
+		s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: merr})
+		return true
 	case len(parts) == 0 || s.wholeInstead(f, parts, sign, false):
 		if errors.Is(err, guest.ErrDamaged) && sign == "" {
 			s.add(Volume{Name: f.name, Kind: f.kind, Err: err})
@@ -252,7 +259,7 @@ func (s *scan) wholeInstead(f found, parts []partition, sign string, gpt bool) b
 		return true
 	}
 	for _, p := range parts {
-		if dev, err := p.device(f.dev); err == nil && signature(dev) != "" {
+		if p.carries(f.dev) {
 			s.warn(f.name, "has a partition table and the signature of %s; its partitions are shown", sign)
 			return false
 		}

@@ -10,7 +10,7 @@ import (
 // The metadata of a thin pool is blocks of 4 KiB, each with a checksum and its own number; everything is little-endian, as thin_dump(8)
 // reads it. The superblock is block 0:
 //
-//	0 checksum 4 | 4 flags 4 | 8 own number 8 | 32 magic 8 | 40 version 4 | 48 transaction 8 | 320 root of mappings 8
+//	0 checksum 4 | 4 flags 4 (1 needs check) | 8 own number 8 | 32 magic 8 | 40 version 4 | 48 transaction 8 | 320 root of mappings 8
 //	328 root of details 8 | 336 sectors of a data block 4 | 340 sectors of a metadata block 4
 //
 // A node of a B-tree:
@@ -37,6 +37,7 @@ type thinPool struct {
 	mappings    uint64
 	details     uint64
 	transaction int64
+	doubt       bool // Linux has found something wrong with it
 }
 
 // thinSum is dm's checksum: CRC-32C without the last inversion, and a number for the kind of block, over all but itself.
@@ -61,6 +62,7 @@ func openPool(meta, data device, cache int64) (*thinPool, error) {
 	case le.Uint32(b[40:]) < 1 || le.Uint32(b[40:]) > 2:
 		return nil, guest.Unsupported("thin pool: version %d", le.Uint32(b[40:]))
 	}
+	p.doubt = le.Uint32(b[4:])&1 != 0
 	p.transaction = int64(le.Uint64(b[48:]))
 	p.mappings, p.details = le.Uint64(b[320:]), le.Uint64(b[328:])
 	p.block = int64(le.Uint32(b[336:])) * sectorSize
@@ -169,6 +171,9 @@ func (b *builder) pool(name string) (*thinPool, error) {
 	}
 	if id := s.number("transaction_id", p.transaction); id != p.transaction {
 		b.warn("thin pool %s: LVM2 is at transaction %d, the pool at %d", name, id, p.transaction)
+	}
+	if p.doubt {
+		b.warn("thin pool %s is marked as one that needs a check", name)
 	}
 	b.pools[name] = p
 	return p, nil

@@ -1,12 +1,14 @@
 package volume
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
@@ -100,6 +102,71 @@ func thinWrong(t *testing.T, meta []byte, want map[uint64]map[uint64]uint64, ste
 		}
 	}
 	return wrong, damaged
+}
+
+// TestConcurrent reads a degraded array below encryption by many at a time, for the race detector.
+func TestConcurrent(t *testing.T) {
+	legs := legsOf(5, 1, 3)
+	for i, l := range legs {
+		if l.dev != nil {
+			rnd := rand.New(rand.NewPCG(1, uint64(i)))
+			for b := l.dev.(whole).Device.(memory)[:1<<20]; len(b) > 0; b = b[1:] {
+				b[0] = byte(rnd.Uint32())
+			}
+		}
+	}
+	dev, err := newParity(legs, 1<<20, 64<<10, 6, leftSymmetric)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &luksHeader{cipher: "aes-cbc-essiv:sha256", sector: 512}
+	plain, err := h.device(dev, make([]byte, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, plain.Size())
+	if _, err := plain.ReadAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			rnd := rand.New(rand.NewPCG(2, uint64(i)))
+			b := make([]byte, 20000)
+			for range 50 {
+				off := rnd.Int64N(plain.Size() - int64(len(b)))
+				if _, err := plain.ReadAt(b, off); err != nil || !bytes.Equal(b, want[off:off+int64(len(b))]) {
+					t.Error(off, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// faulty fails to read from some byte on, below another.
+type faulty struct {
+	memory
+	from, to int64
+}
+
+var errBroken = errors.New("broken")
+
+func (f faulty) ReadAt(p []byte, off int64) (int, error) {
+	if off < f.to && off+int64(len(p)) > f.from {
+		return 0, errBroken
+	}
+	return f.memory.ReadAt(p, off)
+}
+
+// TestUnreadable: a disk that cannot be read is one that says so, not an empty one.
+func TestUnreadable(t *testing.T) {
+	for _, from := range []int64{0, 512, 1024, 60 << 10} {
+		disk := faulty{make(memory, 1<<20), from, from + 512}
+		if got, _ := byName(Scan([]Disk{{"d", disk}}, Options{})); len(got) != 1 || !errors.Is(got["d"].Err, errBroken) || got["d"].Device != nil {
+			t.Errorf("%d: %+v", from, got)
+		}
+	}
 }
 
 // TestLogicalLoop: a chain of EBRs that comes back to itself ends, with a warning.
