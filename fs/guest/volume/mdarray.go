@@ -62,10 +62,23 @@ func (s *scan) array(members []*member) {
 	dev, err := best.assemble(legs)
 	if err != nil {
 		s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: err})
+		s.leftovers(members)
 		return
 	}
 	f.dev = dev
 	s.look(f)
+}
+
+// leftovers goes into the partitions of disks with a superblock at their end, when no array comes of it: an earlier use of the
+// disk may have left that, which no tool for partitions looks for.
+func (s *scan) leftovers(members []*member) {
+	for _, m := range members {
+		carries := func(p partition) bool { return p.carries(m.dev) }
+		if m.kind == KindDisk && m.minor <= 0 && slices.ContainsFunc(partitionsOf(m.dev), carries) {
+			s.warn(m.name, "has the superblock of an array that is not complete, and a partition table; both are shown")
+			s.table(found{name: m.name, kind: m.kind, dev: m.dev, depth: m.depth}, "")
+		}
+	}
 }
 
 // arrayName is the name that the array was given, without the host's before it; else md and its number.

@@ -14,6 +14,7 @@ const mdMagic = 0xa92b4efc
 // member is a device with an md superblock.
 type member struct {
 	name  string // of the volume it is on
+	kind  string // likewise
 	dev   device
 	depth int
 

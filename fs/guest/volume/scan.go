@@ -128,7 +128,7 @@ func (s *scan) member(f found, v *Volume) bool {
 	if m.minor < 0 && f.kind == KindDisk && lastPartitionHas(f.dev) {
 		return false
 	}
-	m.name, m.depth = f.name, f.depth
+	m.name, m.kind, m.depth = f.name, f.kind, f.depth
 	s.members = append(s.members, m)
 	v.Signature = "linux_raid_member"
 	return true
@@ -136,17 +136,22 @@ func (s *scan) member(f found, v *Volume) bool {
 
 // lastPartitionHas reports whether the superblock 0.90 at the end of a disk is that of a partition which ends there.
 func lastPartitionHas(disk device) bool {
-	parts, _, err := bestMBR(disk)
-	if t, gerr := gpt(disk); gerr == nil {
-		parts, err = t.parts, nil
-	}
-	for _, p := range parts {
-		dev, perr := p.device(disk)
-		if err == nil && perr == nil && p.off+md0Place(dev.Size()) == md0Place(disk.Size()) {
+	for _, p := range partitionsOf(disk) {
+		dev, err := p.device(disk)
+		if err == nil && p.off+md0Place(dev.Size()) == md0Place(disk.Size()) {
 			return true
 		}
 	}
 	return false
+}
+
+// partitionsOf gives the entries of the table that a device has, if any.
+func partitionsOf(disk device) []partition {
+	if t, err := gpt(disk); err == nil {
+		return t.parts
+	}
+	parts, _, _ := bestMBR(disk)
+	return parts
 }
 
 // firmwareRAID recognises the metadata of Intel's and the SNIA's formats at the end of a disk, by blkid's names (mdadm(8), imsm and
@@ -198,16 +203,6 @@ func (s *scan) luks(f found, v *Volume) bool {
 	f.dev, f.encryption, f.uuid, f.depth = dev, v.Encryption, v.UUID, f.depth+1
 	s.look(f)
 	return true
-}
-
-func (s *scan) physical(f found) {
-	pv, err := openPhysical(f.name, f.dev)
-	if err != nil {
-		s.warn(f.name, "%v", err)
-		return
-	}
-	pv.depth = f.depth
-	s.pvs = append(s.pvs, pv)
 }
 
 // table looks for a partition table and goes into its partitions. It says no when the device holds something as a whole.
@@ -304,126 +299,6 @@ func windowsPool(table, kind string) error {
 		return guest.Unsupported("Windows Storage Spaces")
 	}
 	return nil
-}
-
-// groups assembles the volume groups whose physical volumes are all there; all of them when partial. It reports whether
-// it found any.
-func (s *scan) groups(partial bool) bool {
-	groups, bad := newest(s.pvs)
-	any := false
-	for _, g := range groups {
-		pv := map[string]device{}
-		depth := 0
-		for _, p := range s.pvs {
-			switch {
-			case !g.member(p.id):
-			case pv[p.id] == nil:
-				pv[p.id] = p.dev
-				depth = max(depth, p.depth)
-			default:
-				s.warn(p.name, "has the id of another physical volume and is left out")
-			}
-		}
-		if len(pv) < len(g.pvs) && !partial {
-			continue
-		}
-		any = true
-		s.pvs = without(s.pvs, g)
-		s.group(g, pv, depth)
-	}
-	if partial {
-		for _, err := range bad {
-			s.warn("LVM2", "%v", err)
-		}
-	}
-	return any
-}
-
-// newest finds the newest metadata of each group on all physical volumes.
-func newest(pvs []*physical) (groups []*group, bad []error) {
-	at := map[string]int{} // id => index into groups
-	for _, pv := range pvs {
-		texts, err := pv.texts()
-		if err != nil {
-			bad = append(bad, err)
-		}
-		for _, text := range texts {
-			g, err := parseGroup(text)
-			if err != nil {
-				bad = append(bad, fmt.Errorf("%s: %w", pv.name, err))
-				continue
-			}
-			i, ok := at[g.id]
-			switch {
-			case !ok:
-				at[g.id] = len(groups)
-				groups = append(groups, g)
-			case g.seqno > groups[i].seqno:
-				groups[i] = g
-			}
-		}
-	}
-	return groups, bad
-}
-
-func (g *group) member(id string) bool {
-	for _, pv := range g.pvs {
-		if pv.id == id {
-			return true
-		}
-	}
-	return false
-}
-
-func without(pvs []*physical, g *group) (left []*physical) {
-	for _, pv := range pvs {
-		if !g.member(pv.id) {
-			left = append(left, pv)
-		}
-	}
-	return left
-}
-
-// group shows the logical volumes of a group.
-func (s *scan) group(g *group, pv map[string]device, depth int) {
-	for _, p := range g.pvs {
-		if pv[p.id] == nil {
-			s.warn(g.name, "the physical volume %s (%s) is missing", p.name, p.id)
-		}
-	}
-	b := &builder{group: g, pv: pv, opt: s.opt, built: map[string]result{}, pools: map[string]*thinPool{}, notes: map[string]string{},
-		warn: func(format string, args ...any) { s.warn(g.name, format, args...) }}
-	for _, name := range g.order {
-		lv := g.lvs[name]
-		snapshot, ok := b.snapshotOf(name)
-		if !ok && !lv.shown() {
-			continue
-		}
-		f := found{name: clean(mapperName(g.name, name)), kind: KindLogical, detail: lv.detail(), depth: depth + 1}
-		if ok {
-			f.detail = "snapshot of " + snapshot.text("origin")
-		}
-		dev, err := b.device(name)
-		if note := b.notes[name]; note != "" {
-			f.detail += ", " + note
-		}
-		if err != nil {
-			s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: err})
-			continue
-		}
-		f.dev = dev
-		s.look(f)
-	}
-}
-
-// left warns of parts that nothing was made of.
-func (s *scan) left() {
-	for _, pv := range s.pvs {
-		if len(pv.meta) > 0 {
-			continue // a physical volume of no group, or damage that was said
-		}
-		s.warn(pv.name, "a physical volume without a volume group")
-	}
 }
 
 // clean makes a name of the disk safe as part of a path.
