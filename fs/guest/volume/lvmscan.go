@@ -100,9 +100,10 @@ func (s *scan) group(g *group, pv map[string]device, depth int) {
 	}
 	b := &builder{group: g, pv: pv, opt: s.opt, built: map[string]result{}, pools: map[string]*thinPool{}, notes: map[string]string{},
 		warn: func(format string, args ...any) { s.warn(g.name, format, args...) }}
+	b.snapshots()
 	for _, name := range g.order {
 		lv := g.lvs[name]
-		snapshot, ok := b.snapshotOf(name)
+		snapshot, ok := b.stores[name]
 		if !ok && !lv.shown() {
 			continue
 		}

@@ -8,37 +8,38 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
 
-// snapshotOf finds the segment that makes a logical volume a snapshot of the older kind: one of a hidden volume, which names
-// the origin and the volume that holds what was overwritten in it.
-func (b *builder) snapshotOf(name string) (segment, bool) {
-	for _, other := range b.order {
-		for _, s := range b.lvs[other].segments {
-			if s.kind == "snapshot" && s.text("cow_store") == name {
-				return s, true
+// snapshots finds the segments that make logical volumes snapshots of the older kind: those of hidden volumes, which name the origin and
+// the volume that holds what was overwritten in it.
+func (b *builder) snapshots() {
+	b.stores, b.origins = map[string]segment{}, map[string]bool{}
+	for _, name := range b.order {
+		for _, s := range b.lvs[name].segments {
+			switch s.kind {
+			case "snapshot":
+				b.stores[s.text("cow_store")] = s
+				origin := s.text("origin")
+				b.origins[origin] = b.origins[origin] || s.text("merging_store") != ""
+			case "thin-pool":
+				b.poolCount++
 			}
 		}
 	}
-	return segment{}, false
 }
 
 // origin marks a device whose snapshots lie over it: its bytes are not its alone. One that is being merged with a snapshot
 // is a mix of both.
 func (b *builder) origin(name string, dev device) (device, error) {
-	for _, other := range b.order {
-		for _, s := range b.lvs[other].segments {
-			if s.kind != "snapshot" || s.text("origin") != name {
-				continue
-			}
-			if s.text("merging_store") != "" {
-				return nil, guest.Unsupported("LVM2: %s is being merged with a snapshot", name)
-			}
-			return shared(dev), nil
-		}
+	merging, ok := b.origins[name]
+	switch {
+	case merging:
+		return nil, guest.Unsupported("LVM2: %s is being merged with a snapshot", name)
+	case ok:
+		return shared(dev), nil
 	}
 	return dev, nil
 }
 
-// maxExceptions is how many chunks of a snapshot may differ from its origin: 16 bytes of memory each.
+// maxExceptions is how many chunks of all snapshots of a group may differ from their origins: 16 bytes of memory each.
 const maxExceptions = 8 << 20
 
 // exceptions is a snapshot: its origin, but for the chunks that were overwritten there since.
@@ -74,15 +75,16 @@ func (b *builder) snapshot(s segment, store device) (device, error) {
 		return nil, guest.Damaged("LVM2: a snapshot in chunks of %d bytes", chunk)
 	}
 	e := &exceptions{origin: origin, store: store, chunk: chunk}
-	if err := e.load(); err != nil {
+	if err := e.load(maxExceptions - b.exceptions); err != nil {
 		return nil, err
 	}
+	b.exceptions += len(e.old)
 	size := min(s.count*b.extent, origin.Size())
 	return &mapped{layout: e, size: size, shared: true}, nil
 }
 
-// load reads the list of exceptions.
-func (e *exceptions) load() error {
+// load reads the list of exceptions, at most so many.
+func (e *exceptions) load(most int) error {
 	type pair struct{ old, now uint64 }
 	var all []pair
 	perChunk := e.chunk / 16
@@ -98,8 +100,11 @@ list:
 			if p.now == 0 {
 				break list
 			}
-			if p.now >= uint64(e.store.Size()/e.chunk) || len(all) == maxExceptions {
-				return guest.Damaged("LVM2: a snapshot's chunk at %d of its store, or more than %d", p.now, maxExceptions)
+			if p.now >= uint64(e.store.Size()/e.chunk) {
+				return guest.Damaged("LVM2: a snapshot's chunk at %d of its store", p.now)
+			}
+			if len(all) == most {
+				return guest.Unsupported("LVM2: snapshots with more than %d chunks", maxExceptions)
 			}
 			all = append(all, p)
 		}

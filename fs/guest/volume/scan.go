@@ -80,6 +80,10 @@ func (s *scan) add(v Volume) {
 
 // look finds out what a device holds, and goes into it.
 func (s *scan) look(f found) {
+	if len(s.volumes) >= maxVolumes {
+		s.warn("all disks", "more than %d volumes", maxVolumes)
+		return
+	}
 	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev, Encryption: f.encryption, UUID: f.uuid}
 	if f.depth > maxDepth {
 		v.dev, v.Err = nil, guest.Unsupported("more than %d containers in each other", maxDepth)

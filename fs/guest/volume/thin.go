@@ -47,9 +47,6 @@ func thinSum(b []byte, xor uint32) uint32 {
 
 // openPool reads the superblock of a pool.
 func openPool(meta, data device, cache int64) (*thinPool, error) {
-	if cache == 0 {
-		cache = 16 << 20
-	}
 	p := &thinPool{meta: guest.NewCache(meta, thinBlock, cache), data: data}
 	b := make([]byte, thinBlock)
 	if err := guest.ReadFull(meta, b, 0); err != nil {
@@ -165,7 +162,11 @@ func (b *builder) pool(name string) (*thinPool, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := openPool(meta, data, b.opt.Cache)
+	cache := b.opt.Cache
+	if cache == 0 {
+		cache = 16 << 20
+	}
+	p, err := openPool(meta, data, cache/int64(max(1, b.poolCount)))
 	if err != nil {
 		return nil, err
 	}
