@@ -144,6 +144,22 @@ func TestConcurrent(t *testing.T) {
 	wg.Wait()
 }
 
+// TestNotPlain: what is at several places, or at none of its own, has no map.
+func TestNotPlain(t *testing.T) {
+	mirror, err := newMirror(legsOf(2), 1<<20)
+	parity, err2 := newParity(legsOf(3), 1<<20, 64<<10, 5, leftSymmetric)
+	both, err3 := striped([]place{{mirror, 0, 1 << 20}, {parity, 0, 1 << 20}}, 4096)
+	if err := errors.Join(err, err2, err3); err != nil {
+		t.Fatal(err)
+	}
+	for _, dev := range []device{mirror, parity, both, shared(whole{make(memory, 4096), 0})} {
+		v := Volume{dev: dev}
+		if at, err := v.Map(0, 4096); !errors.Is(err, ErrNotPlain) {
+			t.Errorf("%v, %v", at, err)
+		}
+	}
+}
+
 // faulty fails to read from some byte on, below another.
 type faulty struct {
 	memory
