@@ -16,7 +16,16 @@ type builder struct {
 	pools map[string]*thinPool // name of a pool => it
 	warn  func(format string, args ...any)
 	notes map[string]string // name of a logical volume => something to add to its detail
+
+	stores     map[string]segment // store of a snapshot => the segment that says so
+	origins    map[string]bool    // origin of snapshots => one is being merged
+	poolCount  int                // thin pools
+	exceptions int                // of all snapshots
+	depth      int                // of volumes in volumes, while one is made
 }
+
+// maxNesting is how deep volumes may be in each other; a thin volume in a cached pool of RAID is five deep.
+const maxNesting = 16
 
 type result struct {
 	dev device
@@ -35,8 +44,20 @@ func (b *builder) device(name string) (device, error) {
 	if lv == nil {
 		return nil, guest.Damaged("LVM2: no logical volume %q", name)
 	}
+	b.depth++
+	defer func() { b.depth-- }()
+	if b.depth > maxNesting {
+		return nil, guest.Damaged("LVM2: more than %d volumes in each other", maxNesting)
+	}
 	b.built[name] = result{}
 	dev, err := b.assemble(lv)
+	if err == nil {
+		if s, ok := b.stores[name]; ok {
+			dev, err = b.snapshot(s, dev)
+		} else {
+			dev, err = b.origin(name, dev)
+		}
+	}
 	if err != nil {
 		dev = nil
 	}
@@ -48,9 +69,6 @@ func (b *builder) device(name string) (device, error) {
 func (b *builder) assemble(lv *logical) (device, error) {
 	if len(lv.segments) == 0 {
 		return nil, guest.Damaged("LVM2: %s has no segments", lv.name)
-	}
-	if store, chunk, ok := b.snapshotOf(lv.name); ok {
-		return b.snapshot(store, chunk, lv)
 	}
 	var parts []place
 	at := int64(0)
@@ -70,13 +88,9 @@ func (b *builder) assemble(lv *logical) (device, error) {
 		parts = append(parts, place{dev, 0, size})
 	}
 	if len(parts) == 1 && parts[0].dev != nil && parts[0].dev.Size() == parts[0].n {
-		return b.markOrigin(lv.name, parts[0].dev), nil
+		return parts[0].dev, nil
 	}
-	dev, err := concat(parts)
-	if err != nil {
-		return nil, err
-	}
-	return b.markOrigin(lv.name, dev), nil
+	return concat(parts)
 }
 
 // segment makes the device of one segment; nil for zeros.

@@ -80,7 +80,7 @@ func openPhysical(name string, dev device) (*physical, error) {
 }
 
 // maxMetadata is how long the text of a volume group may be, bytes.
-const maxMetadata = 32 << 20
+const maxMetadata = 16 << 20
 
 // texts reads the newest text of each metadata area of a physical volume. What is damaged is in err, beside what is
 // good.

@@ -48,7 +48,7 @@ func (t *textNode) has(name, s string) bool {
 // The bounds of the text beside its length.
 const (
 	maxTextDepth = 8
-	maxTextNodes = 1 << 20
+	maxTextNodes = 1 << 19
 )
 
 // textParser reads LVM2's configuration text (lvm.conf(5)):
@@ -92,7 +92,7 @@ func (p *textParser) section(depth int) (*textNode, error) {
 	if depth > maxTextDepth {
 		return nil, p.fail("too deep")
 	}
-	t := &textNode{values: map[string]any{}}
+	t := &textNode{}
 	for {
 		switch c := p.next(); {
 		case c == 0 && (depth == 0 || p.pos < len(p.b)):
@@ -113,6 +113,9 @@ func (p *textParser) section(depth int) (*textNode, error) {
 		v, err := p.value(depth)
 		if err != nil {
 			return nil, err
+		}
+		if t.values == nil {
+			t.values = map[string]any{}
 		}
 		if _, ok := t.values[name]; !ok {
 			t.names = append(t.names, name)

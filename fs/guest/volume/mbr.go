@@ -87,11 +87,21 @@ func sense(dev device, parts []partition) (n int) {
 		if p.number > 4 {
 			n++
 		}
-		if part, err := p.device(dev); err == nil && signature(part) != "" {
+		if p.carries(dev) {
 			n++
 		}
 	}
 	return n
+}
+
+// carries reports whether something is known to be in a partition.
+func (p partition) carries(disk device) bool {
+	dev, err := p.device(disk)
+	if err != nil {
+		return false
+	}
+	sign, err := signature(dev)
+	return err == nil && sign != ""
 }
 
 // mbr reads the partitions of an MBR; nil when there is none, or none of its entries is within the disk. Sectors are of

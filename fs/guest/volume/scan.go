@@ -17,7 +17,7 @@ const (
 // Scan finds the volumes of a machine's disks. What is wrong with one of them is in its Err; warnings are about what is between
 // them: a backup table in use, an array with members missing.
 func Scan(disks []Disk, opt Options) ([]Volume, []string) {
-	s := &scan{opt: opt, names: map[string]bool{}}
+	s := &scan{opt: opt, names: map[string]bool{}, said: map[string]bool{}}
 	for i, d := range disks {
 		s.look(found{name: d.Name, kind: KindDisk, dev: whole{d.Device, i}})
 	}
@@ -38,6 +38,7 @@ type scan struct {
 	volumes  []Volume
 	warnings []string
 	names    map[string]bool // in use
+	said     map[string]bool // warnings
 	pvs      []*physical     // of groups not yet assembled
 	members  []*member       // of arrays not yet assembled
 }
@@ -47,11 +48,14 @@ type found struct {
 	name, kind, detail string
 	dev                device
 	depth              int
+	encryption, uuid   string // that it was hidden by
 }
 
 func (s *scan) warn(name, format string, args ...any) {
-	if len(s.warnings) < maxVolumes {
-		s.warnings = append(s.warnings, name+": "+fmt.Sprintf(format, args...))
+	w := name + ": " + fmt.Sprintf(format, args...)
+	if len(s.warnings) < maxVolumes && !s.said[w] {
+		s.said[w] = true
+		s.warnings = append(s.warnings, w)
 	}
 }
 
@@ -76,33 +80,133 @@ func (s *scan) add(v Volume) {
 
 // look finds out what a device holds, and goes into it.
 func (s *scan) look(f found) {
-	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev}
+	if len(s.volumes) >= maxVolumes {
+		s.warn("all disks", "more than %d volumes", maxVolumes)
+		return
+	}
+	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev, Encryption: f.encryption, UUID: f.uuid}
 	if f.depth > maxDepth {
 		v.dev, v.Err = nil, guest.Unsupported("more than %d containers in each other", maxDepth)
 		s.add(v)
 		return
 	}
-	v.Signature = signature(f.dev)
+	if s.member(f, &v) {
+		s.add(v)
+		return
+	}
+	if v.Signature, v.Err = signature(f.dev); v.Err != nil {
+		v.dev = nil
+		s.add(v)
+		return
+	}
 	if f.kind != KindPartition && s.table(f, v.Signature) {
 		return
 	}
 	switch v.Signature {
 	case "LVM2_member":
 		s.physical(f)
+	case "crypto_LUKS":
+		if s.luks(f, &v) {
+			return
+		}
 	case "BitLocker":
 		v.Encryption, v.dev, v.Err = "BitLocker", nil, ErrLocked
 	}
 	s.add(v)
 }
 
-func (s *scan) physical(f found) {
-	pv, err := openPhysical(f.name, f.dev)
-	if err != nil {
-		s.warn(f.name, "%v", err)
-		return
+// member looks for the superblock of an array.
+func (s *scan) member(f found, v *Volume) bool {
+	switch name := firmwareRAID(f.dev); {
+	case name != "" && f.kind == KindDisk:
+		v.Signature, v.dev, v.Err = name, nil, guest.Unsupported("a member of an array that the firmware made")
+		return true
 	}
-	pv.depth = f.depth
-	s.pvs = append(s.pvs, pv)
+	m, err := readMember(f.dev)
+	if err != nil {
+		if err != guest.ErrUnknown {
+			s.warn(f.name, "%v", err)
+		}
+		return false
+	}
+	if m.minor < 0 && f.kind == KindDisk && lastPartitionHas(f.dev) {
+		return false
+	}
+	m.name, m.kind, m.depth = f.name, f.kind, f.depth
+	s.members = append(s.members, m)
+	v.Signature = "linux_raid_member"
+	return true
+}
+
+// lastPartitionHas reports whether the superblock 0.90 at the end of a disk is that of a partition which ends there.
+func lastPartitionHas(disk device) bool {
+	for _, p := range partitionsOf(disk) {
+		dev, err := p.device(disk)
+		if err == nil && p.off+md0Place(dev.Size()) == md0Place(disk.Size()) {
+			return true
+		}
+	}
+	return false
+}
+
+// partitionsOf gives the entries of the table that a device has, if any.
+func partitionsOf(disk device) []partition {
+	if t, err := gpt(disk); err == nil {
+		return t.parts
+	}
+	parts, _, _ := bestMBR(disk)
+	return parts
+}
+
+// firmwareRAID recognises the metadata of Intel's and the SNIA's formats at the end of a disk, by blkid's names (mdadm(8), imsm and
+// ddf).
+func firmwareRAID(dev device) string {
+	b := make([]byte, 1024)
+	if dev.Size() < 1024 || guest.ReadFull(dev, b, dev.Size()-1024) != nil {
+		return ""
+	}
+	switch {
+	case strings.HasPrefix(string(b), "Intel Raid ISM Cfg Sig. "):
+		return "isw_raid_member"
+	case string(b[512:516]) == "\xde\x11\xde\x11", string(b[512:516]) == "\x11\xde\x11\xde":
+		return "ddf_raid_member"
+	}
+	return ""
+}
+
+// luks opens an encrypted volume and looks into it, under the same name. It says no when it stays closed.
+func (s *scan) luks(f found, v *Volume) bool {
+	v.dev, v.Encryption = nil, "LUKS"
+	h, err := readLUKS(f.dev)
+	if err != nil {
+		v.Err = err
+		return false
+	}
+	v.Encryption, v.UUID = fmt.Sprintf("LUKS%d %s", h.version, h.cipher), h.uuid
+	if h.damaged {
+		s.warn(f.name, "the first LUKS header is damaged; the second is used")
+	}
+	v.Err = ErrLocked
+	if h.refused != nil {
+		v.Err = h.refused
+		return false
+	}
+	if s.opt.Unlock == nil {
+		return false
+	}
+	memory := s.opt.KeyMemory
+	if memory == 0 {
+		memory = 1 << 30
+	}
+	keys := s.opt.Unlock(Locked{Name: f.name, Type: "crypto_LUKS", UUID: h.uuid, Label: h.label})
+	dev, err := h.open(f.dev, keys, memory)
+	if err != nil {
+		v.Err = err
+		return false
+	}
+	f.dev, f.encryption, f.uuid, f.depth = dev, v.Encryption, v.UUID, f.depth+1
+	s.look(f)
+	return true
 }
 
 // table looks for a partition table and goes into its partitions. It says no when the device holds something as a whole.
@@ -110,6 +214,9 @@ func (s *scan) table(f found, sign string) bool {
 	t, err := gpt(f.dev)
 	parts, warnings, merr := bestMBR(f.dev)
 	switch {
+	case err != nil && !errors.Is(err, guest.ErrUnknown) && !errors.Is(err, guest.ErrDamaged):
+		s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: err})
+		return true
 	case err == nil && s.wholeInstead(f, t.parts, sign, true):
 		return false
 	case err == nil:
@@ -119,8 +226,8 @@ func (s *scan) table(f found, sign string) bool {
 		s.partitions(f, "gpt", t.parts)
 		return true
 	case merr != nil:
-		s.warn(f.name, "%v", merr)
-		return false
+		s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: merr})
+		return true
 	case len(parts) == 0 || s.wholeInstead(f, parts, sign, false):
 		if errors.Is(err, guest.ErrDamaged) && sign == "" {
 			s.add(Volume{Name: f.name, Kind: f.kind, Err: err})
@@ -151,7 +258,7 @@ func (s *scan) wholeInstead(f found, parts []partition, sign string, gpt bool) b
 		return true
 	}
 	for _, p := range parts {
-		if dev, err := p.device(f.dev); err == nil && signature(dev) != "" {
+		if p.carries(f.dev) {
 			s.warn(f.name, "has a partition table and the signature of %s; its partitions are shown", sign)
 			return false
 		}
@@ -198,118 +305,6 @@ func windowsPool(table, kind string) error {
 	return nil
 }
 
-// groups assembles the volume groups whose physical volumes are all there; all of them when partial. It reports whether
-// it found any.
-func (s *scan) groups(partial bool) bool {
-	groups, bad := newest(s.pvs)
-	any := false
-	for _, g := range groups {
-		pv := map[string]device{}
-		depth := 0
-		for _, p := range s.pvs {
-			if g.member(p.id) && pv[p.id] == nil {
-				pv[p.id] = p.dev
-				depth = max(depth, p.depth)
-			}
-		}
-		if len(pv) < len(g.pvs) && !partial {
-			continue
-		}
-		any = true
-		s.pvs = without(s.pvs, g)
-		s.group(g, pv, depth)
-	}
-	if partial {
-		for _, err := range bad {
-			s.warnings = append(s.warnings, err.Error())
-		}
-	}
-	return any
-}
-
-// newest finds the newest metadata of each group on all physical volumes.
-func newest(pvs []*physical) (groups []*group, bad []error) {
-	at := map[string]int{} // id => index into groups
-	for _, pv := range pvs {
-		texts, err := pv.texts()
-		if err != nil {
-			bad = append(bad, err)
-		}
-		for _, text := range texts {
-			g, err := parseGroup(text)
-			if err != nil {
-				bad = append(bad, fmt.Errorf("%s: %w", pv.name, err))
-				continue
-			}
-			i, ok := at[g.id]
-			switch {
-			case !ok:
-				at[g.id] = len(groups)
-				groups = append(groups, g)
-			case g.seqno > groups[i].seqno:
-				groups[i] = g
-			}
-		}
-	}
-	return groups, bad
-}
-
-func (g *group) member(id string) bool {
-	for _, pv := range g.pvs {
-		if pv.id == id {
-			return true
-		}
-	}
-	return false
-}
-
-func without(pvs []*physical, g *group) (left []*physical) {
-	for _, pv := range pvs {
-		if !g.member(pv.id) {
-			left = append(left, pv)
-		}
-	}
-	return left
-}
-
-// group shows the logical volumes of a group.
-func (s *scan) group(g *group, pv map[string]device, depth int) {
-	for _, p := range g.pvs {
-		if pv[p.id] == nil {
-			s.warn(g.name, "the physical volume %s (%s) is missing", p.name, p.id)
-		}
-	}
-	b := &builder{group: g, pv: pv, opt: s.opt, built: map[string]result{}, pools: map[string]*thinPool{}, notes: map[string]string{},
-		warn: func(format string, args ...any) { s.warn(g.name, format, args...) }}
-	for _, name := range g.order {
-		lv := g.lvs[name]
-		if !lv.shown() {
-			continue
-		}
-		f := found{name: clean(mapperName(g.name, name)), kind: KindLogical, detail: lv.detail(), depth: depth + 1}
-		dev, err := b.device(name)
-		if note := b.notes[name]; note != "" {
-			f.detail += ", " + note
-		}
-		if err != nil {
-			s.add(Volume{Name: f.name, Kind: f.kind, Detail: f.detail, Err: err})
-			continue
-		}
-		f.dev = dev
-		s.look(f)
-	}
-}
-
-// left warns of parts that nothing was made of.
-func (s *scan) left() {
-	for _, pv := range s.pvs {
-		if len(pv.meta) > 0 {
-			continue // a physical volume of no group, or damage that was said
-		}
-		s.warn(pv.name, "a physical volume without a volume group")
-	}
-}
-
 // clean makes a name of the disk safe as part of a path.
 func clean(name string) string {
 	name = strings.Map(func(r rune) rune {
@@ -323,7 +318,3 @@ func clean(name string) string {
 	}
 	return name
 }
-
-type member struct{}
-
-func (s *scan) arrays() bool { return false }

@@ -62,12 +62,17 @@ var magics = []magic{
 // head is how much of a device a look reads at once, bytes.
 const head = 68 << 10
 
-// signature says what a device holds, "" for what is not known.
-func signature(dev guest.Device) string {
+// signature says what a device holds, "" for what is not known. The error is that of reading its start.
+func signature(dev guest.Device) (string, error) {
 	b := make([]byte, min(head, max(0, dev.Size())))
-	if guest.ReadFull(dev, b, 0) != nil {
-		return ""
+	if err := guest.ReadFull(dev, b, 0); err != nil {
+		return "", err
 	}
+	return known(dev, b), nil
+}
+
+// known says what a device holds that starts with b.
+func known(dev guest.Device, b []byte) string {
 	if _, _, err := findLabel(b); err == nil {
 		return "LVM2_member"
 	}
@@ -82,7 +87,15 @@ func signature(dev guest.Device) string {
 	case isZFS(dev):
 		return "zfs_member"
 	}
-	return extName(b)
+	if name := extName(b); name != "" {
+		return name
+	}
+	for _, at := range luks2Second { // the first header is gone
+		if hasMagic(dev, b, magic{at, luksSecond, ""}) {
+			return "crypto_LUKS"
+		}
+	}
+	return ""
 }
 
 func hasMagic(dev guest.Device, b []byte, m magic) bool {

@@ -73,7 +73,7 @@ type Options struct {
 	// KeyMemory bounds what making a key out of a passphrase may take, bytes; 0 is 1 GiB, the most that cryptsetup(8)
 	// makes by default.
 	KeyMemory int64
-	// Cache is how many bytes of a thin pool's metadata are kept in memory; 0 is 16 MiB.
+	// Cache is how many bytes of the metadata of a group's thin pools are kept in memory; 0 is 16 MiB.
 	Cache int64
 }
 
