@@ -61,7 +61,7 @@ func open(t *testing.T, fstab string) *Machine {
 	t.Helper()
 	guesttest.NeedsPrograms(t, "mkfs.ext4", "sfdisk")
 	a, b := guesttest.Sparse(t, 128<<20), guesttest.Sparse(t, homeLen<<20)
-	guesttest.Input(t, fmt.Sprintf("label: dos\nstart=%dMiB, size=%dMiB\nstart=%dMiB, size=%dMiB\n", bootAt, bootLen, rootAt, rootLen), "sfdisk", "-q", a)
+	guesttest.Input(t, fmt.Sprintf("label: dos\nlabel-id: 0x1234abcd\nstart=%dMiB, size=%dMiB\nstart=%dMiB, size=%dMiB\n", bootAt, bootLen, rootAt, rootLen), "sfdisk", "-q", a)
 	filesystem(t, a, bootAt, bootLen, "boot", bootUUID, tree(t, map[string]string{"vmlinuz": "kernel"}))
 	filesystem(t, a, rootAt, rootLen, "root", rootUUID, tree(t, map[string]string{
 		"etc/fstab": fstab, "boot/": "", "data/home dir/": "", "home": "-> data/home dir", "mnt/": "", "abs": "-> /etc/fstab", "out": "-> ../../../../etc/fstab", "loop": "-> loop",
@@ -97,6 +97,7 @@ func TestViews(t *testing.T) {
 	for _, names := range [][2]string{
 		{"UUID=" + bootUUID, "UUID=" + strings.ToUpper(homeUUID)},
 		{"LABEL=boot", `LABEL="home"`},
+		{"PARTUUID=1234abcd-01", "LABEL=home"},
 		{"/dev/sda1", "/dev/vdb"},
 		{"/dev/disk/by-uuid/" + bootUUID, "/dev/disk/by-label/home"},
 		{"/dev/nvme0n1p1", "/dev/nvme1n1"},

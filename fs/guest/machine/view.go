@@ -280,6 +280,9 @@ func (m *Machine) named(device string) *Volume {
 // tagged finds a volume by what identifies its content.
 func (m *Machine) tagged(key, value string) *Volume {
 	for _, v := range m.Volumes {
+		if key == "PARTUUID" && v.PartUUID != "" && strings.EqualFold(v.PartUUID, value) || key == "PARTLABEL" && v.PartLabel != "" && v.PartLabel == value {
+			return v
+		}
 		f, err := v.FS()
 		if err != nil {
 			continue

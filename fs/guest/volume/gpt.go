@@ -148,7 +148,7 @@ func gptEntry(b []byte, number int, unit int64) (p partition, used bool) {
 	if kind == "00000000-0000-0000-0000-000000000000" {
 		return p, false
 	}
-	p = partition{number: number, kind: kind, detail: gptName(kind), off: -1}
+	p = partition{number: number, kind: kind, detail: gptName(kind), off: -1, uuid: strings.ToLower(guid(b[16:32]))}
 	first, last := le.Uint64(b[32:]), le.Uint64(b[40:])
 	if last >= first && last < 1<<50 {
 		p.off, p.n = int64(first)*unit, int64(last-first+1)*unit
@@ -158,7 +158,8 @@ func gptEntry(b []byte, number int, unit int64) (p partition, used bool) {
 		name = append(name, le.Uint16(c))
 	}
 	if len(name) > 0 {
-		p.detail += fmt.Sprintf(" %q", string(utf16.Decode(name)))
+		p.label = string(utf16.Decode(name))
+		p.detail += fmt.Sprintf(" %q", p.label)
 	}
 	p.reserved = kind == gptReserved || kind == gptBIOS
 	return p, true

@@ -13,7 +13,9 @@ type partition struct {
 	off, n   int64 // bytes
 	kind     string
 	detail   string
-	reserved bool // holds nothing that a file system could be in
+	uuid     string // PARTUUID, as blkid(8) writes it
+	label    string // PARTLABEL
+	reserved bool   // holds nothing that a file system could be in
 }
 
 // The types of MBR partitions that matter here (UEFI 2.10 §5.2.2; the list of sfdisk -T).
@@ -137,6 +139,11 @@ func mbr(dev device, unit int64) ([]partition, []string, error) {
 	}
 	if !plausible {
 		return nil, nil, nil
+	}
+	if id := binary.LittleEndian.Uint32(b[440:]); id != 0 { // the disk's signature
+		for i := range parts {
+			parts[i].uuid = fmt.Sprintf("%08x-%02x", id, parts[i].number)
+		}
 	}
 	return parts, warnings, nil
 }

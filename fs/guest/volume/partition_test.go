@@ -14,12 +14,13 @@ import (
 // sfdiskTable is what sfdisk says of a disk.
 type sfdiskTable struct {
 	Table struct {
-		Label      string
+		Label, ID  string
 		Sectorsize int64
 		Partitions []struct {
 			Node        string
 			Start, Size int64
 			Type, Name  string
+			UUID        string
 		} `json:"partitions"`
 	} `json:"partitiontable"`
 }
@@ -59,6 +60,15 @@ func likeSfdisk(t *testing.T, image, oracle string, args ...string) (map[string]
 		at, err := v.Map(0, v.Device.Size())
 		if err != nil || len(at) != 1 || at[0] != (Piece{0, p.Start * unit, p.Size * unit}) {
 			t.Errorf("%s is at %v (%v), not at %d+%d", name, at, err, p.Start*unit, p.Size*unit)
+		}
+		uuid := strings.ToLower(p.UUID)
+		if want.Table.Label == "dos" { // as blkid makes one, by the number of the partition
+			var number int
+			fmt.Sscanf(strings.TrimPrefix(name, "disk0/p"), "%d", &number)
+			uuid = fmt.Sprintf("%s-%02x", strings.TrimPrefix(want.Table.ID, "0x"), number)
+		}
+		if v.PartUUID != uuid || v.PartLabel != p.Name {
+			t.Errorf("%s: UUID %q and name %q, want %q and %q", name, v.PartUUID, v.PartLabel, uuid, p.Name)
 		}
 		if p.Name != "" && !strings.Contains(v.Detail, fmt.Sprintf("%q", p.Name)) {
 			t.Errorf("%s: no name %q in %q", name, p.Name, v.Detail)

@@ -49,6 +49,8 @@ type found struct {
 	dev                device
 	depth              int
 	encryption, uuid   string // that it was hidden by
+	// Of a partition, from its table.
+	partUUID, partLabel string
 }
 
 func (s *scan) warn(name, format string, args ...any) {
@@ -84,7 +86,7 @@ func (s *scan) look(f found) {
 		s.warn("all disks", "more than %d volumes", maxVolumes)
 		return
 	}
-	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev, Encryption: f.encryption, UUID: f.uuid}
+	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev, Encryption: f.encryption, UUID: f.uuid, PartUUID: f.partUUID, PartLabel: f.partLabel}
 	if f.depth > maxDepth {
 		v.dev, v.Err = nil, guest.Unsupported("more than %d containers in each other", maxDepth)
 		s.add(v)
@@ -277,7 +279,7 @@ func (p partition) device(disk device) (device, error) {
 
 func (s *scan) partitions(f found, table string, parts []partition) {
 	for _, p := range parts {
-		part := found{name: fmt.Sprintf("%s/p%d", f.name, p.number), kind: KindPartition, detail: p.detail, depth: f.depth + 1}
+		part := found{name: fmt.Sprintf("%s/p%d", f.name, p.number), kind: KindPartition, detail: p.detail, depth: f.depth + 1, partUUID: p.uuid, partLabel: p.label}
 		dev, err := p.device(f.dev)
 		if err == nil {
 			err = windowsPool(table, p.kind)

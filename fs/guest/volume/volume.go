@@ -34,6 +34,8 @@ type Volume struct {
 	Encryption string
 	UUID       string // of the encryption, "" for none: what Options.Unlock is asked for
 	Detail     string // for people
+	// PartUUID and PartLabel are what the partition table calls a partition, as blkid(8) writes them; "" for none.
+	PartUUID, PartLabel string
 	// Device is nil when the volume cannot be read; Err says why.
 	Device guest.Device
 	Err    error // ErrLocked, guest.ErrUnsupported, guest.ErrDamaged, or that of reading the disk
