@@ -2,7 +2,7 @@
 // the kernel. The mount is read-only, nosuid and nodev.
 //
 // Files below a point never change, so the kernel keeps their pages; directories that new
-// points appear in are asked about every time. Damage is EIO and a line in the log naming
+// points appear in are listed anew every time, and a name in them that was forgotten is gone within a second. Damage is EIO and a line in the log naming
 // point, disk and offset.
 package fuse
 
@@ -45,6 +45,7 @@ const (
 	background   = 64      // requests that the kernel may have under way for read-ahead
 	readAhead    = 4 << 20 // bytes, set through the bdi: MaxReadAhead does not raise it
 	immutableTTL = time.Hour
+	entryTTL     = time.Second // for what may go: a path is looked up anew for every call otherwise
 )
 
 // Server is a mounted tree.
@@ -265,7 +266,8 @@ func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (
 	if a.Immutable {
 		out.SetAttrTimeout(immutableTTL)
 	}
-	// An entry may be kept by the kernel only while its directory cannot change.
+	// An entry may be kept for long only where its directory cannot change.
+	out.SetEntryTimeout(entryTTL)
 	if d, err := n.dir.Attr(ctx); err == nil && d.Immutable {
 		out.SetEntryTimeout(immutableTTL)
 	}
