@@ -5,7 +5,7 @@ set -euo pipefail
 
 # program => Debian package
 declare -A need=(
-  [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs [debugfs]=e2fsprogs [mkfs.xfs]=xfsprogs [xfs_db]=xfsprogs
+  [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs [debugfs]=e2fsprogs [mkfs.xfs]=xfsprogs [xfs_db]=xfsprogs [mkfs.btrfs]=btrfs-progs [btrfs]=btrfs-progs
   [fuser]=psmisc [sgdisk]=gdisk [losetup]=mount
   [qemu-system-x86_64]=qemu-system-x86 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish
