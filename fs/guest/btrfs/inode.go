@@ -82,9 +82,10 @@ func (fs *FS) Stat(ino guest.Ino) (guest.Stat, error) {
 	return st, nil
 }
 
-// emptyStat is what Linux 6.18 shows of an empty folder in place of a subvolume, in a directory with st.
+// emptyStat is what Linux 6.18 shows of an empty folder in place of a subvolume, in a directory with st; it changes at the time when somebody looks first,
+// for which the directory's time stands here.
 func emptyStat(st guest.Stat) guest.Stat {
-	return guest.Stat{Mode: guest.ModeDir | 0o755, Nlink: 1, UID: st.UID, GID: st.GID, Mtime: st.Mtime, Atime: st.Atime, Ctime: st.Mtime, Btime: st.Mtime}
+	return guest.Stat{Mode: guest.ModeDir | 0o755, Nlink: 1, UID: st.UID, GID: st.GID, Mtime: st.Mtime, Atime: st.Atime, Ctime: st.Mtime}
 }
 
 // Readlink implements guest.FS. The target is content like a file's.
