@@ -94,10 +94,13 @@ func (fs *FS) other(b []byte, logical uint64, copies int, sum []byte) error {
 // sums appends the checksums of n sectors of data (BTRFS, On-disk Format, EXTENT_CSUM).
 func (fs *FS) sums(dst []byte, logical uint64, n int) ([]byte, error) {
 	unit, size := uint64(fs.sb.sector), fs.sb.csum.size
-	if b := fs.log.sums(logical, n, fs.sb); b != nil {
-		return append(dst, b...), nil
-	}
 	for t := fs.roots.csums; n > 0; {
+		b, without := fs.log.find(logical, fs.sb)
+		if b = b[:min(len(b), n*size)]; len(b) > 0 {
+			dst = append(dst, b...)
+			logical, n = logical+uint64(len(b)/size)*unit, n-len(b)/size
+			continue
+		}
 		if t == nil {
 			return nil, guest.Damaged("the tree of checksums")
 		}
@@ -110,7 +113,7 @@ func (fs *FS) sums(dst []byte, logical uint64, n int) ([]byte, error) {
 			return nil, guest.Damaged("what lies at %d: there is no checksum", logical)
 		}
 		b = b[skip : len(b)-len(b)%size]
-		b = b[:min(len(b), n*size)]
+		b = b[:min(len(b), min(n, without)*size)]
 		dst = append(dst, b...)
 		logical, n = logical+uint64(len(b)/size)*unit, n-len(b)/size
 	}

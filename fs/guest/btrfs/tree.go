@@ -121,7 +121,10 @@ func (t *tree) walk(k key, fn func(k key, b []byte) bool) error {
 // get gives what an item holds; ok is false when there is none.
 func (t *tree) get(k key) (b []byte, ok bool, err error) {
 	found, b, ok, err := t.floor(k)
-	return b, ok && found == k, err
+	if err != nil || !ok || found != k {
+		return nil, false, err
+	}
+	return b, true, nil
 }
 
 // floor gives the last item whose key is not behind k; ok is false when there is none.
