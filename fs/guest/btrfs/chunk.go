@@ -51,13 +51,13 @@ func parseChunk(logical uint64, b []byte) (chunk, int, error) {
 	c := chunk{logical: logical, length: le.Uint64(b), stripeLen: le.Uint64(b[0x10:]), kind: le.Uint64(b[0x18:])}
 	n := int(le.Uint16(b[0x2c:]))
 	size := 0x30 + n*0x20
-	if n == 0 || n > maxStripes || size > len(b) || c.length == 0 || c.length > 1<<62 || logical > 1<<62 ||
+	if n == 0 || n > maxStripes || size > len(b) || c.length == 0 || c.length > 1<<61 || logical > 1<<61 ||
 		c.stripeLen < 4096 || c.stripeLen > 1<<24 || c.stripeLen&(c.stripeLen-1) != 0 {
 		return c, 0, guest.Damaged("the chunk at %d", logical)
 	}
 	for s := b[0x30:size]; len(s) > 0; s = s[0x20:] {
 		off := le.Uint64(s[8:])
-		if off > 1<<62 {
+		if off > 1<<61 {
 			return c, 0, guest.Damaged("the chunk at %d", logical)
 		}
 		c.stripes = append(c.stripes, stripe{le.Uint64(s), int64(off)})

@@ -13,10 +13,11 @@ type draft struct {
 	room      *int64 // bytes of memory left, of all drafts together
 	changes   map[bucket]*changes
 
-	ignored map[uint64]bool  // inodes of the log that had no name
-	links   map[uint64]bool  // inodes whose links are to be counted
-	counted map[uint64]bool  // inodes whose bytes are to be counted
-	grown   map[uint64]int64 // directory => bytes that its size changes by
+	ignored map[uint64]bool    // inodes of the log that had no name
+	links   map[uint64]bool    // inodes whose links are to be counted
+	counted map[uint64]bool    // inodes whose bytes are to be counted
+	grown   map[uint64]int64   // directory => bytes that its size changes by
+	pruned  map[[2]uint64]bool // inode and directory whose names that are gone have been removed
 	csums   []logSum
 	used    []extent.Extent
 }
@@ -38,7 +39,7 @@ const changeCost = 200
 
 func newDraft(base, log *tree, room *int64) *draft {
 	return &draft{base: base, log: log, room: room, changes: map[bucket]*changes{}, ignored: map[uint64]bool{},
-		links: map[uint64]bool{}, counted: map[uint64]bool{}, grown: map[uint64]int64{}}
+		links: map[uint64]bool{}, counted: map[uint64]bool{}, grown: map[uint64]int64{}, pruned: map[[2]uint64]bool{}}
 }
 
 // get gives an item as it is by now.

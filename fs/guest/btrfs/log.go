@@ -13,6 +13,7 @@ import (
 type replayed struct {
 	trees map[uint64]*tree // subvolumes that it changes, by id
 	csums []logSum         // ascending, without overlaps
+	doubt error            // why the free space cannot be known; nil without a log, or with one that was replayed
 	used  []extent.Extent  // logical addresses of its own nodes and of the data that it refers to
 }
 
@@ -32,6 +33,7 @@ func (fs *FS) replay(opt guest.Options) error {
 	}
 	if opt.NoReplay {
 		fs.warn("the log was not replayed: what fsync made durable since the last commit is not shown")
+		fs.log.doubt = guest.Unsupported("a log that was not replayed")
 		return nil
 	}
 	room := opt.Journal
@@ -41,16 +43,13 @@ func (fs *FS) replay(opt guest.Options) error {
 	}
 	if err != nil {
 		fs.warn("the log cannot be replayed, and the last commit is shown instead: %v", err)
-		fs.log.doubt(err)
+		fs.log.doubt = err
 		return nil
 	}
 	fs.log = found
 	fs.info.Replayed = true
 	return nil
 }
-
-// doubt has the free space not be trusted.
-func (l *replayed) doubt(err error) { l.used = []extent.Extent{{Off: -1}} }
 
 func (fs *FS) readLogs(room *int64) (replayed, error) {
 	found := replayed{trees: map[uint64]*tree{}}
@@ -143,7 +142,7 @@ func (l *replayed) find(logical uint64, sb *super) (sums []byte, without int) {
 		}
 	}
 	if i++; i < len(l.csums) {
-		return nil, int(min((l.csums[i].at-logical)/uint64(sb.sector), 1<<30))
+		return nil, int(max(1, min((l.csums[i].at-logical)/uint64(sb.sector), 1<<30)))
 	}
 	return nil, 1 << 30
 }

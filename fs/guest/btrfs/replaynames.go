@@ -101,10 +101,18 @@ func (d *draft) dropRef(ino, dir uint64, name string) error {
 	return nil
 }
 
+// maxRefs is how many bytes of names an item grows to, about; further names have items of their own.
+const maxRefs = 3000
+
 // addRef adds a name to an inode.
 func (d *draft) addRef(ino uint64, r ref) error {
-	k := key{ino, kindInodeRef, r.dir}
+	keys := refKeys(ino, r.dir, r.name)
+	k := keys[0]
 	b, _, err := d.get(k)
+	if len(b) > maxRefs {
+		k = keys[1]
+		b, _, err = d.get(k)
+	}
 	if err != nil {
 		return err
 	}
@@ -291,8 +299,12 @@ func (d *draft) refs(k key, b []byte) error {
 	return nil
 }
 
-// dropOldRefs removes the names of an inode in a directory that the log does not have.
+// dropOldRefs removes the names of an inode in a directory that the log does not have. Once is enough.
 func (d *draft) dropOldRefs(ino, dir uint64) error {
+	if d.pruned[[2]uint64{ino, dir}] {
+		return nil
+	}
+	d.pruned[[2]uint64{ino, dir}] = true
 	var old []ref
 	for _, kind := range []uint8{kindInodeRef, kindInodeExtref} {
 		err := d.each(ino, kind, 0, func(k key, b []byte) error {
