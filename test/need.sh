@@ -10,7 +10,8 @@ declare -A need=(
   [tune2fs]=e2fsprogs [qemu-system-x86_64]=qemu-system-x86 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish [python3]=python3 [mkntfs]=ntfs-3g [ntfs-3g]=ntfs-3g [wimcapture]=wimtools [rsync]=rsync
   [bsdtar]=libarchive-tools [unzip]=unzip [tar]=tar [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
-  [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [thin_restore]=thin-provisioning-tools [busybox]=busybox-static
+  [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [thin_restore]=thin-provisioning-tools [busybox]=busybox-static [mkfs.btrfs]=btrfs-progs
+  [btrfs]=btrfs-progs
 )
 missing=()
 for program in "${!need[@]}"; do
