@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 
@@ -233,7 +234,8 @@ func (f *found) xattrs(ctx context.Context) ([]guest.Xattr, error) {
 	if !ok {
 		return nil, nil
 	}
-	return x.Xattrs(ctx)
+	list, err := x.Xattrs(ctx)
+	return slices.DeleteFunc(list, func(a guest.Xattr) bool { return !a.Listed() }), err
 }
 
 // linked reports whether the node may have further names.

@@ -73,7 +73,9 @@ func (c *conn) listxattr(ctx context.Context, n fs.Node, dest []byte) (uint32, s
 	}
 	var names []byte
 	for _, a := range list {
-		names = append(append(names, a.Name...), 0)
+		if a.Listed() {
+			names = append(append(names, a.Name...), 0)
+		}
 	}
 	return uint32(len(names)), copyOut(dest, names)
 }

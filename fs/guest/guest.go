@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"strings"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/store/extent"
@@ -114,6 +115,10 @@ type Xattr struct {
 	Name  string
 	Value []byte
 }
+
+// Listed reports whether listxattr(2) names the attribute. What NTFS keeps besides is answered when it is asked for, as ntfs-3g
+// does it, and not listed: no other file system takes it.
+func (x Xattr) Listed() bool { return !strings.HasPrefix(x.Name, "system.ntfs_") }
 
 // FS is a file system, read-only. All methods are safe for concurrent use.
 type FS interface {

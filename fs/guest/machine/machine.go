@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
+	"github.com/holdfast-backup/holdfast/fs/guest/btrfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/ext"
 	"github.com/holdfast-backup/holdfast/fs/guest/ntfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/volume"
@@ -28,7 +29,8 @@ type Machine struct {
 // Volume is a volume and its file system.
 type Volume struct {
 	volume.Volume
-	opt guest.Options
+	machine *Machine
+	opt     guest.Options
 
 	mu   sync.Mutex // guards following
 	done bool
@@ -41,7 +43,7 @@ func Open(disks []volume.Disk, opt Options) *Machine {
 	list, warnings := volume.Scan(disks, opt.Volumes)
 	m := &Machine{Warnings: warnings}
 	for _, v := range list {
-		m.Volumes = append(m.Volumes, &Volume{Volume: v, opt: opt.FS})
+		m.Volumes = append(m.Volumes, &Volume{Volume: v, machine: m, opt: opt.FS})
 	}
 	m.views = sync.OnceValue(m.findViews)
 	return m
@@ -58,20 +60,43 @@ func (m *Machine) Volume(name string) *Volume {
 }
 
 // readers maps a signature to what reads that file system.
-var readers = map[string]func(guest.Device, guest.Options) (guest.FS, error){
+var readers = map[string]func(*Volume) (guest.FS, error){
 	"ext2": openAs(ext.Open), "ext3": openAs(ext.Open), "ext4": openAs(ext.Open),
-	"xfs":  openAs(xfs.Open),
-	"ntfs": openAs(ntfs.Open),
+	"xfs":   openAs(xfs.Open),
+	"ntfs":  openAs(ntfs.Open),
+	"btrfs": openBtrfs,
 }
 
-func openAs[F guest.FS](open func(guest.Device, guest.Options) (F, error)) func(guest.Device, guest.Options) (guest.FS, error) {
-	return func(dev guest.Device, opt guest.Options) (guest.FS, error) {
-		f, err := open(dev, opt)
+func openAs[F guest.FS](open func(guest.Device, guest.Options) (F, error)) func(*Volume) (guest.FS, error) {
+	return func(v *Volume) (guest.FS, error) {
+		f, err := open(v.Device, v.opt)
 		if err != nil {
 			return nil, err
 		}
 		return f, nil
 	}
+}
+
+// openBtrfs opens a Btrfs with all volumes that it lies on.
+func openBtrfs(v *Volume) (guest.FS, error) {
+	mine, _, ok := btrfs.Member(v.Device)
+	if !ok {
+		return nil, guest.ErrUnknown
+	}
+	devs := []guest.Device{v.Device}
+	for _, o := range v.machine.Volumes {
+		if o == v || o.Device == nil || o.Signature != "btrfs" {
+			continue
+		}
+		if id, _, ok := btrfs.Member(o.Device); ok && id == mine {
+			devs = append(devs, o.Device)
+		}
+	}
+	f, err := btrfs.OpenAll(devs, v.opt)
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // HasReader reports whether there is a reader for what the volume's first bytes look like.
@@ -94,7 +119,7 @@ func (v *Volume) FS() (guest.FS, error) {
 	defer v.mu.Unlock()
 	if !v.done {
 		v.done = true
-		if v.fs, v.err = open(v.Device, v.opt); v.err != nil {
+		if v.fs, v.err = open(v); v.err != nil {
 			v.err = fmt.Errorf("%s: %s: %w", v.Name, v.Signature, v.err)
 		}
 	}

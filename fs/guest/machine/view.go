@@ -46,13 +46,17 @@ var subvolumes = []string{"", "@", "root", "@rootfs", "@/.snapshots/1/snapshot"}
 
 func (m *Machine) findViews() []*View {
 	var views []*View
+	seen := map[string]bool{} // Btrfs that have been looked at: each is on all its volumes
 	for _, vol := range m.Volumes {
 		if !vol.HasReader() || !unix(vol.Signature) {
 			continue
 		}
 		f, err := vol.FS()
-		if err != nil {
+		if err != nil || seen[f.Info().UUID] {
 			continue
+		}
+		if vol.Signature == "btrfs" {
+			seen[f.Info().UUID] = true
 		}
 		for _, sub := range subvolumes {
 			root, err := resolve(f, f.Root(), sub)
@@ -152,8 +156,14 @@ func (v *View) add(vol *Volume, line mount) error {
 		return err
 	}
 	root := f.Root()
+	if d, ok := f.(interface{ Default() (guest.Ino, error) }); ok {
+		if root, err = d.Default(); err != nil {
+			return err
+		}
+	}
 	for _, o := range line.options {
 		if sub, ok := strings.CutPrefix(o, "subvol="); ok {
+			root = f.Root()
 			if root, err = resolve(f, root, sub); err != nil {
 				return fmt.Errorf("%s: subvolume %s: %w", vol.Name, sub, err)
 			}
