@@ -10,12 +10,13 @@
 // not. The top level is the root; subvolumes and snapshots are folders where they are linked, and [FS.Default] is the one that
 // a mount shows which names none.
 //
-// The log, which holds what was made durable by fsync since the last commit, is replayed into memory.
+// The log, which holds what was made durable by fsync since the last commit, is replayed into memory. The kernel gives a file that loses one of its
+// names by that the time of the replay as its ctime; here it has the one that it had. A log that is damaged is left out, with a warning.
 //
 // # What it does not read
 //
-// Zoned file systems, extent trees of version 2, the RAID stripe tree and encrypted files: refused by name. The Merkle
-// trees of fs-verity are not verified.
+// Zoned file systems, extent trees of version 2, the RAID stripe tree and encrypted files: refused by name. Seed
+// devices. The Merkle trees of fs-verity are not verified.
 //
 // # Sources
 //

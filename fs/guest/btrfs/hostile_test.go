@@ -100,7 +100,7 @@ func TestHostile(t *testing.T) {
 	fsid := m[64<<10+0x20 : 64<<10+0x30]
 	nodes := nodesIn(m, fsid)
 	t.Log(len(nodes), " nodes")
-	rounds := 600
+	rounds := 300
 	if testing.Short() {
 		rounds = 60
 	}

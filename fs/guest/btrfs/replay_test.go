@@ -78,8 +78,8 @@ func TestDirty(t *testing.T) {
 				t.Fatal(err)
 			}
 			var copies []string
-			for i := range 4 {
-				if err := guesttest.Burst(dir, uint64(i), 20+i*60); err != nil {
+			for i := range 3 {
+				if err := guesttest.Burst(dir, uint64(i), 20+i*80); err != nil {
 					t.Fatal(err)
 				}
 				if i%3 == 0 { // without it, Burst makes most logs give way to a commit
@@ -327,20 +327,21 @@ func logImage(t *testing.T, base string, change func(d string) error, synced str
 
 func TestLog(t *testing.T) {
 	guesttest.Needs(t, "mkfs.btrfs", "btrfs", "mount", "chattr")
-	base, logged := logBase(t), 0
+	base, logged, ran := logBase(t), 0, 0
 	for i, test := range logTests {
 		if testing.Short() && i%8 > 0 {
 			continue
 		}
 		t.Run(test.name, func(t *testing.T) {
 			image := logImage(t, base, test.change, test.synced)
+			ran++
 			if copied(t, image) > 0 {
 				logged++
 			}
 		})
 	}
 	// Linux makes a commit of a few.
-	if !testing.Short() && logged < len(logTests)*3/4 {
-		t.Errorf("only %d of %d have a log", logged, len(logTests))
+	if ran > 5 && logged < ran*3/4 {
+		t.Errorf("only %d of %d have a log", logged, ran)
 	}
 }
