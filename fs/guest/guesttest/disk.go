@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Needs skips a test that needs root and these programs, unless all tests are asked for.
@@ -90,9 +91,20 @@ func Mount(t *testing.T, image, fstype, options string) (dir string, unmount fun
 	mounted := true
 	unmount = func() {
 		t.Helper()
-		if mounted {
-			mounted = false
-			Run(t, "umount", dir)
+		if !mounted {
+			return
+		}
+		mounted = false
+		// Somebody who looks at all mounts of the machine makes one busy for a moment.
+		for try := 0; ; try++ {
+			out, err := exec.Command("umount", dir).CombinedOutput()
+			if err == nil {
+				return
+			}
+			if try == 50 {
+				t.Fatalf("umount %s: %v\n%s", dir, err, out)
+			}
+			time.Sleep(100 * time.Millisecond)
 		}
 	}
 	t.Cleanup(unmount)
