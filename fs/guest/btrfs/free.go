@@ -3,7 +3,6 @@ package btrfs
 import (
 	"fmt"
 	"iter"
-	"slices"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/store/extent"
@@ -202,12 +201,16 @@ func (fs *FS) locate(ino guest.Ino) ([]extent.Extent, error) {
 		var b []byte
 		var ok bool
 		if b, ok, bad = extents.get(key{e.disk, kindExtent, e.len}); ok && len(b) >= 8 && le.Uint64(b) == 1 {
-			list, bad = fs.vol.onDevice(list, extent.Extent{Off: int64(e.disk + e.in), Len: int64(e.end - e.off)})
+			before := len(list)
+			at := extent.Extent{Off: int64(e.disk + e.in), Len: int64(e.end - e.off)}
+			if list, bad = fs.vol.onDevice(list, at); bad == nil && extent.Total(list[before:]) > at.Len {
+				bad = guest.Unsupported("a file with several copies")
+			}
 		}
 		return bad == nil
 	})
 	if err == nil {
 		err = bad
 	}
-	return slices.Clip(extent.Normalise(list)), err
+	return list, err
 }

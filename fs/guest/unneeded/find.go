@@ -155,6 +155,9 @@ func (s *search) swap(v *machine.Volume) error {
 	if !ok {
 		return nil
 	}
+	if w := f.Info().Warnings; len(w) > 0 { // what the disk says of a file may not be the last word
+		return fmt.Errorf("files with swap are kept: %s", strings.Join(w, "; "))
+	}
 	for _, path := range s.swapFiles(v) {
 		if err := s.swapFile(v, f, l, path); err != nil {
 			return err
