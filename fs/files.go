@@ -3,7 +3,6 @@ package fs
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"iter"
 	"path"
@@ -53,17 +52,17 @@ func (t *Tree) machine(ctx context.Context, d *pointDir) (*machine.Machine, erro
 		}
 		disks = append(disks, volume.Disk{Name: d.point.Disks[i].Name, Device: img})
 	}
-	return ms.add(id, disks)(), nil
+	return ms.add(id, disks, machine.Options{Volumes: volume.Options{Unlock: t.Unlock}})(), nil
 }
 
 // add opens the disks of a point, unless somebody else was faster.
-func (ms *machines) add(id store.PointID, disks []volume.Disk) func() *machine.Machine {
+func (ms *machines) add(id store.PointID, disks []volume.Disk, opt machine.Options) func() *machine.Machine {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
 	if open := ms.known[id]; open != nil {
 		return open
 	}
-	open := sync.OnceValue(func() *machine.Machine { return machine.Open(disks, machine.Options{}) })
+	open := sync.OnceValue(func() *machine.Machine { return machine.Open(disks, opt) })
 	if ms.known == nil {
 		ms.known = map[store.PointID]func() *machine.Machine{}
 	}
@@ -238,8 +237,8 @@ func describeVolume(v *machine.Volume, mounted []string) describedVolume {
 		o.Path += ".raw"
 		fallthrough
 	default:
-		if v.Device == nil || v.HasReader() || v.Err != nil {
-			o.Error = errors.Join(err, v.Err).Error()
+		if v.Device == nil || v.HasReader() {
+			o.Error = err.Error()
 		}
 	}
 	return o

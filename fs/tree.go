@@ -12,6 +12,7 @@ import (
 	"time"
 	"weak"
 
+	"github.com/holdfast-backup/holdfast/fs/guest/volume"
 	"github.com/holdfast-backup/holdfast/fs/vdisk"
 	"github.com/holdfast-backup/holdfast/store"
 )
@@ -19,6 +20,8 @@ import (
 // Tree is the address space of one repository. Safe for concurrent use.
 type Tree struct {
 	repo *store.Repo
+	// Unlock gives the passphrases to try for an encrypted volume of a guest; nil for none. Set it before anything is asked of the tree.
+	Unlock func(volume.Locked) [][]byte
 
 	mu     sync.Mutex                  // guards following
 	points map[store.PointID]*pointDir // point => its directory, at most maxPoints

@@ -73,6 +73,7 @@ func commands() []command {
 			max: 1,
 			flags: []cli.Flag{
 				&cli.BoolFlag{DisableDefaultText: true, Name: "long", Aliases: []string{"l"}, Usage: "sizes and times, too; of a guest's files modes and owners"},
+				guestKeyFlag(),
 			},
 			needs: needRepository, run: runLs,
 		},
@@ -90,6 +91,7 @@ func commands() []command {
 			flags: []cli.Flag{
 				&cli.BoolFlag{DisableDefaultText: true, Name: "tar", Usage: "write a tar to standard output; DEST is -"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "zip", Usage: "write a zip to standard output; DEST is -"},
+				guestKeyFlag(),
 			},
 			needs: needRepository, check: checkCp, run: runCp,
 		},
@@ -130,6 +132,7 @@ func commands() []command {
 			flags: []cli.Flag{
 				&cli.BoolFlag{DisableDefaultText: true, Name: "allow-other", Usage: "let other users read the mount"},
 				&cli.BoolFlag{DisableDefaultText: true, Name: "background", Usage: "return as soon as the mount can be used"},
+				guestKeyFlag(),
 			},
 			needs: needRepository, run: runMount,
 		},

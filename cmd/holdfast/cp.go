@@ -41,7 +41,10 @@ func checkCp(c *call) error {
 func runCp(ctx context.Context, c *call) error {
 	sources, dest := c.args[:len(c.args)-1], c.args[len(c.args)-1]
 	return c.withRepo(ctx, func(r *store.Repo) error {
-		tree := fs.New(r)
+		tree, err := c.tree(r)
+		if err != nil {
+			return err
+		}
 		defer tree.Close()
 		if dest == "-" {
 			return c.cpStream(ctx, tree, sources)

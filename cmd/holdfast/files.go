@@ -61,7 +61,11 @@ func runLs(ctx context.Context, c *call) error {
 		arg, where = c.args[0], path.Clean("/" + c.args[0])[1:]
 	}
 	return c.withRepo(ctx, func(r *store.Repo) error {
-		n, err := fs.New(r).Walk(ctx, arg)
+		tree, err := c.tree(r)
+		if err != nil {
+			return err
+		}
+		n, err := tree.Walk(ctx, arg)
 		if err != nil {
 			return err
 		}

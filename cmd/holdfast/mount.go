@@ -7,7 +7,6 @@ import (
 	"runtime/debug"
 	"syscall"
 
-	"github.com/holdfast-backup/holdfast/fs"
 	"github.com/holdfast-backup/holdfast/fs/fuse"
 	"github.com/holdfast-backup/holdfast/store"
 )
@@ -32,7 +31,10 @@ func runMount(ctx context.Context, c *call) error {
 // mount mounts and waits for the end: umount, SIGINT or SIGTERM.
 func (c *call) mount(ctx context.Context, dir string, ready func()) error {
 	return c.withRepo(ctx, func(r *store.Repo) error {
-		tree := fs.New(r)
+		tree, err := c.tree(r)
+		if err != nil {
+			return err
+		}
 		defer tree.Close()
 		// It runs for days, beside what else the machine does: memory is worth more here than the CPU for collecting it.
 		debug.SetGCPercent(40)
@@ -67,6 +69,9 @@ func (c *call) mountInBackground(ctx context.Context, dir string) error {
 	args := []string{"mount"}
 	if c.Bool("allow-other") {
 		args = append(args, "--allow-other")
+	}
+	for _, file := range c.StringSlice("guest-key-file") {
+		args = append(args, "--guest-key-file", file)
 	}
 	_, pid, err := c.goBackground(ctx, append(args, "--", dir))
 	if err != nil {

@@ -26,6 +26,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/fs"
 	"github.com/holdfast-backup/holdfast/fs/guest"
+	"github.com/holdfast-backup/holdfast/fs/guest/volume"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/extent"
 )
@@ -159,6 +160,9 @@ func (c *conn) errno(err error) syscall.Errno {
 	case errors.Is(err, guest.ErrUnsupported):
 		c.log(err.Error())
 		return syscall.EOPNOTSUPP
+	case errors.Is(err, volume.ErrLocked):
+		c.log(err.Error())
+		return syscall.EACCES
 	case errors.Is(err, guest.ErrNotDir):
 		return syscall.ENOTDIR
 	case errors.Is(err, context.Canceled):

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"cmp"
 	"fmt"
 	"sync"
 
@@ -106,7 +107,7 @@ func (v *Volume) HasReader() bool { return v.Device != nil && readers[v.Signatur
 // be read, when it cannot.
 func (v *Volume) FS() (guest.FS, error) {
 	if v.Device == nil {
-		return nil, v.Err
+		return nil, fmt.Errorf("%s: %s: %w", v.Name, cmp.Or(v.Encryption, v.Signature, v.Kind), v.Err)
 	}
 	open := readers[v.Signature]
 	switch {
