@@ -23,7 +23,7 @@ func TestLocked(t *testing.T) {
 	r := newRepository(t)
 	r.must(t, "backup", image, "--vm", "vm")
 	r.wants(t, 12, "LUKS2 aes-xts-plain64: locked", "ls", "vm/latest/files/disk0")
-	r.wants(t, 12, "--guest-key-file", "ls", "vm/latest/files/disk0", "--guest-key-file", wrong)
+	r.wants(t, 12, "locked", "ls", "vm/latest/files/disk0", "--guest-key-file", wrong)
 	if got := r.must(t, "ls", "vm/latest/files", "--guest-key-file", wrong, "--guest-key-file", key).out; got != "disk0.raw\nvolumes.json\n" {
 		t.Errorf("opened: %q", got)
 	}
