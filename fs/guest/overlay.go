@@ -51,9 +51,10 @@ func (o *Overlay) Move(n, from int64, head []byte) error {
 
 func (o *Overlay) put(n int64, p patch, cost int64) error {
 	o.Drop(n)
-	if o.room -= cost; o.room < 0 {
+	if cost > o.room {
 		return Unsupported("a journal with more to replay than fits into memory")
 	}
+	o.room -= cost
 	o.blocks[n] = p
 	return nil
 }
