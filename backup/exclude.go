@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
+	"time"
 
 	"github.com/zeebo/blake3"
 
@@ -28,11 +29,13 @@ type leftOut struct {
 }
 
 // leaveOut looks for what the disks of a VM need not hold. Disks that say what became of a point are left as they are.
-func (r *run) leaveOut(disks []Disk) *leftOut {
+func (r *run) leaveOut(ctx context.Context, disks []Disk) *leftOut {
 	l := &leftOut{index: map[string]int{}}
 	if r.opt.Exclude == (Exclude{}) {
 		return l
 	}
+	ctx, cancel := context.WithTimeout(ctx, lookFor)
+	defer cancel()
 	var list []volume.Disk
 	for i, d := range disks {
 		if _, derived := d.(Derived); derived {
@@ -40,10 +43,26 @@ func (r *run) leaveOut(disks []Disk) *leftOut {
 		}
 		name := fmt.Sprintf("disk%d", i)
 		l.index[name] = i
-		list = append(list, volume.Disk{Name: name, Device: d})
+		list = append(list, volume.Disk{Name: name, Device: patient{d, ctx}})
 	}
 	l.found = unneeded.Find(list, unneeded.Options{Swap: r.opt.Exclude.Swap, Free: r.opt.Exclude.Free, Unit: int64(r.draft.ChunkSize())})
 	return l
+}
+
+// lookFor is how long a guest's file systems may take to look through: they are a guest's, and a backup waits for it.
+const lookFor = 5 * time.Minute
+
+// patient is a disk that is read until ctx ends.
+type patient struct {
+	Disk
+	ctx context.Context
+}
+
+func (p patient) ReadAt(b []byte, off int64) (int, error) {
+	if err := p.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return p.Disk.ReadAt(b, off)
 }
 
 // of gives the ranges of a disk.

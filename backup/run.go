@@ -75,7 +75,7 @@ func RunTo(ctx context.Context, to Target, snap Snapshot, opt Options) (*store.P
 		p.Parent = &parent.ID
 	}
 	r := run{draft: draft, opt: opt, vm: vm.Name}
-	left := r.leaveOut(snap.Disks())
+	left := r.leaveOut(ctx, snap.Disks())
 	for i, d := range snap.Disks() {
 		rec, err := r.disk(ctx, d, fmt.Sprintf("disk%d", i), left)
 		if err != nil {
