@@ -38,7 +38,9 @@ func (r *run) leaveOut(ctx context.Context, disks []Disk) *leftOut {
 	defer cancel()
 	var list []volume.Disk
 	for i, d := range disks {
-		if _, derived := d.(Derived); derived {
+		_, derived := d.(Derived)
+		_, remembers := r.draft.(rememberer)
+		if derived || !remembers && d.ChangeID() != "" {
 			return l
 		}
 		name := fmt.Sprintf("disk%d", i)
@@ -72,6 +74,14 @@ func (l *leftOut) of(disk string) iter.Seq[extent.Extent] {
 		return func(func(extent.Extent) bool) {}
 	}
 	return l.found.Ranges(i)
+}
+
+// notes say what was not left out, and why.
+func (l *leftOut) notes() []string {
+	if l.found == nil {
+		return nil
+	}
+	return l.found.Notes
 }
 
 // record is what the point says of a disk; nil for nothing.

@@ -80,6 +80,9 @@ func TestExcludeSwap(t *testing.T) {
 	copy(data[swapAt+4086:], "S1SUSPEND\x00") // a hibernated system
 	p = runOnce(t, r, d, 2, backup.Options{Exclude: backup.Exclude{Swap: true}})
 	wantDisk(t, r, p, "disk0", data)
+	if p.Disks[0].LeftOut != nil {
+		t.Errorf("the point says %+v", p.Disks[0].LeftOut)
+	}
 }
 
 // TestExcludeChanges: with change tracking, too, a point holds what the disk had, but for what is left out: also when that became needed

@@ -76,6 +76,7 @@ func RunTo(ctx context.Context, to Target, snap Snapshot, opt Options) (*store.P
 	}
 	r := run{draft: draft, opt: opt, vm: vm.Name}
 	left := r.leaveOut(ctx, snap.Disks())
+	p.Kept = left.notes()
 	for i, d := range snap.Disks() {
 		rec, err := r.disk(ctx, d, fmt.Sprintf("disk%d", i), left)
 		if err != nil {

@@ -76,6 +76,10 @@ type Locker interface {
 	Lock(ctx context.Context, p *store.Point, until Duration, now time.Time) error
 }
 
+// rememberer is a Draft whose point says what was left out of its disks. The next run has to know where a source
+// tracks changes.
+type rememberer interface{ remembersLeftOut() }
+
 // ErrNoLock: who makes the point does not decide for how long it is locked.
 var ErrNoLock = errors.New("the server decides for how long points are locked")
 
@@ -222,6 +226,8 @@ func (m localMap) Set(ctx context.Context, first int64, ids, _ []store.ID) error
 func (d *localDraft) Lock(ctx context.Context, p *store.Point, until Duration, now time.Time) error {
 	return Lock(ctx, d.repo, p, until, now)
 }
+
+func (d *localDraft) remembersLeftOut() {}
 
 // Close implements Draft.
 func (d *localDraft) Close() error {

@@ -26,7 +26,9 @@ type Point struct {
 	Config      []ConfigFile `json:"config,omitempty"`
 	Stats       Stats        `json:"stats"`
 	Warnings    []string     `json:"warnings,omitempty"`
-	Program     string       `json:"program,omitempty"` // version of holdfast that made the point
+	// Kept says why some of what a guest may not need was stored all the same.
+	Kept    []string `json:"kept,omitempty"`
+	Program string   `json:"program,omitempty"` // version of holdfast that made the point
 	// LockedUntil is when the point may be forgotten; zero: at any time. UTC, whole seconds.
 	LockedUntil time.Time `json:"locked_until,omitzero"`
 	// CopiedFrom is the point that this one is a copy of, in another repository. Of a copy

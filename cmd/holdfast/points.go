@@ -110,6 +110,9 @@ func runShow(ctx context.Context, c *call) error {
 				fields = append(fields, [2]string{"left out", fmt.Sprintf("%s of %s: %s", sizeText(i.Bytes), i.Volume, i.What)})
 			}
 		}
+		for _, k := range p.Kept {
+			fields = append(fields, [2]string{"not left out", k})
+		}
 		for _, w := range p.Warnings {
 			fields = append(fields, [2]string{"warning", w})
 		}
