@@ -2,7 +2,7 @@
 // the kernel. The mount is read-only, nosuid and nodev.
 //
 // Files below a point never change, so the kernel keeps their pages; directories that new
-// points appear in are listed anew every time, and a name in them that was forgotten is gone within a second. Damage is EIO and a line in the log naming
+// points appear in are asked about every time. Damage is EIO and a line in the log naming
 // point, disk and offset.
 package fuse
 
@@ -46,7 +46,7 @@ const (
 	background   = 64      // requests that the kernel may have under way for read-ahead
 	readAhead    = 4 << 20 // bytes, set through the bdi: MaxReadAhead does not raise it
 	immutableTTL = time.Hour
-	entryTTL     = time.Second // for what may go: a path is looked up anew for every call otherwise
+	vmTTL        = time.Second // for names of VMs; points are asked about every time: one that is forgotten is gone
 )
 
 // Server is a mounted tree.
@@ -241,8 +241,9 @@ func (c *conn) getattr(ctx context.Context, n fs.Node, out *fuse.AttrOut) syscal
 
 type dirNode struct {
 	gofs.Inode
-	conn *conn
-	dir  fs.Dir
+	conn      *conn
+	dir       fs.Dir
+	immutable bool // so are its entries
 }
 
 var (
@@ -271,14 +272,16 @@ func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (
 		out.SetAttrTimeout(immutableTTL)
 	}
 	// An entry may be kept for long only where its directory cannot change.
-	out.SetEntryTimeout(entryTTL)
-	if d, err := n.dir.Attr(ctx); err == nil && d.Immutable {
+	switch {
+	case n.immutable:
 		out.SetEntryTimeout(immutableTTL)
+	case n.IsRoot():
+		out.SetEntryTimeout(vmTTL)
 	}
 	var node gofs.InodeEmbedder
 	switch child := child.(type) {
 	case fs.Dir:
-		node = &dirNode{conn: n.conn, dir: child}
+		node = &dirNode{conn: n.conn, dir: child, immutable: a.Immutable}
 	case fs.Link:
 		node = &linkNode{conn: n.conn, link: child}
 	case fs.File:
