@@ -2,6 +2,7 @@ package machine
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"sync"
 
@@ -33,21 +34,29 @@ type Volume struct {
 	machine *Machine
 	opt     guest.Options
 
-	mu   sync.Mutex // guards following
-	done bool
-	fs   guest.FS
-	err  error
+	mu  sync.Mutex // guards following
+	fs  guest.FS
+	err error // that will not go away; one of reading the disk may
 }
 
 // Open finds the volumes.
 func Open(disks []volume.Disk, opt Options) *Machine {
-	list, warnings := volume.Scan(disks, opt.Volumes)
-	m := &Machine{Warnings: warnings}
+	m := &Machine{}
+	list, err := m.scan(disks, opt.Volumes)
+	if err != nil {
+		m.Warnings = append(m.Warnings, err.Error())
+	}
 	for _, v := range list {
 		m.Volumes = append(m.Volumes, &Volume{Volume: v, machine: m, opt: opt.FS})
 	}
 	m.views = sync.OnceValue(m.findViews)
 	return m
+}
+
+func (m *Machine) scan(disks []volume.Disk, opt volume.Options) (list []volume.Volume, err error) {
+	defer caught(&err)
+	list, m.Warnings = volume.Scan(disks, opt)
+	return list, nil
 }
 
 // Volume gives a volume by its name; nil when there is none.
@@ -103,7 +112,7 @@ func openBtrfs(v *Volume) (guest.FS, error) {
 // HasReader reports whether there is a reader for what the volume's first bytes look like.
 func (v *Volume) HasReader() bool { return v.Device != nil && readers[v.Signature] != nil }
 
-// FS opens the volume's file system, once. guest.ErrUnsupported when nothing reads it; the reason why the volume itself cannot
+// FS opens the volume's file system, once. Its reader may not panic. guest.ErrUnsupported when nothing reads it; the reason why the volume itself cannot
 // be read, when it cannot.
 func (v *Volume) FS() (guest.FS, error) {
 	if v.Device == nil {
@@ -118,11 +127,25 @@ func (v *Volume) FS() (guest.FS, error) {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if !v.done {
-		v.done = true
-		if v.fs, v.err = open(v); v.err != nil {
-			v.err = fmt.Errorf("%s: %s: %w", v.Name, v.Signature, v.err)
+	if v.fs != nil || v.err != nil {
+		return v.fs, v.err
+	}
+	f, err := v.open(open)
+	if err == nil {
+		v.fs = guarded{f}
+		return v.fs, nil
+	}
+	err = fmt.Errorf("%s: %s: %w", v.Name, v.Signature, err)
+	for _, lasting := range []error{guest.ErrDamaged, guest.ErrUnsupported, guest.ErrUnknown} {
+		if errors.Is(err, lasting) {
+			v.err = err
 		}
 	}
-	return v.fs, v.err
+	return nil, err
+}
+
+// open opens the file system.
+func (v *Volume) open(with func(*Volume) (guest.FS, error)) (f guest.FS, err error) {
+	defer caught(&err)
+	return with(v)
 }

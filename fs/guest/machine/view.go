@@ -155,16 +155,13 @@ func (v *View) add(vol *Volume, line mount) error {
 	if err != nil {
 		return err
 	}
-	root := f.Root()
-	if d, ok := f.(interface{ Default() (guest.Ino, error) }); ok {
-		if root, err = d.Default(); err != nil {
-			return err
-		}
+	root, err := f.(guarded).Default()
+	if err != nil {
+		return err
 	}
 	for _, o := range line.options {
 		if sub, ok := strings.CutPrefix(o, "subvol="); ok {
-			root = f.Root()
-			if root, err = resolve(f, root, sub); err != nil {
+			if root, err = resolve(f, f.Root(), sub); err != nil {
 				return fmt.Errorf("%s: subvolume %s: %w", vol.Name, sub, err)
 			}
 		}
