@@ -109,6 +109,12 @@ func (l *leftOut) record(disk string) *store.LeftOut {
 	return &out
 }
 
+// same reports whether of a disk the same is left out as the last time.
+func (l *leftOut) same(disk string, last *store.LeftOut) bool {
+	now := l.record(disk)
+	return now != nil && bytes.Equal(last.Ranges, now.Ranges)
+}
+
 // ranges gives what of a disk is to be read, and what is left out of that.
 func (r *run) ranges(ctx context.Context, d Disk, name string, p plan, l *leftOut) iter.Seq2[extent.Extent, error] {
 	if p.from != nil {
@@ -118,7 +124,7 @@ func (r *run) ranges(ctx context.Context, d Disk, name string, p plan, l *leftOu
 	list := extent.Coarsen(d.Extents(ctx, p.since), unit, d.Size())
 	// What was left out the last time and is not any more did not need to change for that: a file system may give blocks to a
 	// file after they were written.
-	if now := l.record(name); p.since != "" && p.leftOut != nil && (now == nil || !bytes.Equal(p.leftOut.Ranges, now.Ranges)) {
+	if p.since != "" && p.leftOut != nil && !l.same(name, p.leftOut) {
 		whole := extent.Coarsen(d.Extents(ctx, ""), unit, d.Size())
 		list = extent.Merge(list, holesOf(ctx, p.base, unit, whole))
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"slices"
 	"strings"
@@ -138,10 +139,11 @@ func (d *guestDir) Lookup(ctx context.Context, name string) (Node, error) {
 	}
 	ino, err := f.Lookup(d.ino, name)
 	if errors.Is(err, guest.ErrNotExist) {
-		if s, ok := d.stream(f, name); ok {
-			return s, nil
+		s, err := d.stream(f, name)
+		if errors.Is(err, guest.ErrNotExist) {
+			return nil, notExist(name)
 		}
-		return nil, notExist(name)
+		return s, d.located(m, err)
 	}
 	if err != nil {
 		return nil, d.located(m, err)
@@ -151,20 +153,20 @@ func (d *guestDir) Lookup(ctx context.Context, name string) (Node, error) {
 }
 
 // stream finds FILE:STREAM, as Windows names what a file has besides its content.
-func (d *guestDir) stream(f guest.FS, name string) (Node, bool) {
+func (d *guestDir) stream(f guest.FS, name string) (Node, error) {
 	s, ok := f.(guest.Streamer)
 	first, stream, colon := strings.Cut(name, ":")
 	if !ok || !colon {
-		return nil, false
+		return nil, guest.ErrNotExist
 	}
 	ino, err := f.Lookup(d.ino, first)
 	if err != nil {
-		return nil, false
+		return nil, err
 	}
 	if _, err := s.OpenStream(ino, stream); err != nil {
-		return nil, false
+		return nil, err
 	}
-	return &guestStream{guestNode{d.side, d.vol, ino}, stream}, true
+	return &guestStream{guestNode{d.side, d.vol, ino}, stream}, nil
 }
 
 // List implements Lister.
@@ -253,8 +255,8 @@ type guestImage struct {
 
 func (i *guestImage) ReadAt(p []byte, off int64) (int, error) {
 	n, err := i.File.ReadAt(p, off)
-	if n < len(p) && off+int64(n) == i.Size() {
-		return n, err // io.EOF
+	if errors.Is(err, io.EOF) {
+		return n, io.EOF
 	}
 	return n, i.node.located(i.m, err)
 }

@@ -21,7 +21,7 @@ import (
 const exportHelp = `Each disk of the point is an export of its name, raw; a single one is the default export, too. It runs until
 SIGINT or SIGTERM. ADDRESS is unix:PATH, HOST:PORT or :PORT. Without TLS anybody who can reach a port can read the
 disks. With --writable, what is written goes to an overlay and never to the point; it is gone at the end, unless --overlay
-names a directory for it, which the same command finds again.
+names a directory for it, which the same command finds again. Up to 256 MiB of what was read is kept in memory.
 ` + pointHelp
 
 func exportFlags() []cli.Flag {

@@ -37,7 +37,9 @@ func (c *call) mount(ctx context.Context, dir string, ready func()) error {
 		}
 		defer tree.Close()
 		// It runs for days, beside what else the machine does: memory is worth more here than the CPU for collecting it.
-		debug.SetGCPercent(40)
+		if os.Getenv("GOGC") == "" {
+			debug.SetGCPercent(40)
+		}
 		s, err := fuse.Mount(dir, tree, fuse.Options{
 			AllowOther: c.Bool("allow-other"),
 			Log:        func(text string) { c.progress.warn("%s", text) },

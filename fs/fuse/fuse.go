@@ -359,13 +359,18 @@ func (n *fileNode) Open(ctx context.Context, flags uint32) (gofs.FileHandle, uin
 		release()
 		return nil, 0, n.conn.errno(err)
 	}
-	return &handle{conn: n.conn, img: img, release: release}, fuse.FOPEN_KEEP_CACHE, 0
+	holes := int64(holeGranularity)
+	if fs.OfGuest(n.file) {
+		holes = guestHoles
+	}
+	return &handle{conn: n.conn, img: img, holes: holes, release: release}, fuse.FOPEN_KEEP_CACHE, 0
 }
 
 // handle is an open file.
 type handle struct {
 	conn    *conn
 	img     fs.Image
+	holes   int64  // how finely holes are told, bytes
 	release func() // of the hold
 
 	mu   sync.Mutex // guards following
@@ -400,7 +405,7 @@ func (h *handle) Lseek(_ context.Context, off uint64, whence uint32) (uint64, sy
 		if h.seek != nil {
 			h.seek.stop()
 		}
-		h.seek = newHoleCursor(h.img)
+		h.seek = newHoleCursor(h.img, h.holes)
 	}
 	e, err := h.seek.at(int64(off))
 	if err != nil {
@@ -440,12 +445,15 @@ type holeCursor struct {
 	cur  extent.Extent // the range at or after from; empty when there is none
 }
 
-// holeGranularity is how finely holes are told, bytes: the smallest chunk.
-const holeGranularity = store.MinChunkSize
+// How finely holes are told, bytes: the smallest chunk; in a guest's file, the block that most file systems have.
+const (
+	holeGranularity = store.MinChunkSize
+	guestHoles      = 4096
+)
 
-func newHoleCursor(img fs.Image) *holeCursor {
+func newHoleCursor(img fs.Image, granularity int64) *holeCursor {
 	c := &holeCursor{}
-	c.next, c.stop = iter.Pull2(img.Allocated(holeGranularity))
+	c.next, c.stop = iter.Pull2(img.Allocated(granularity))
 	c.cur = extent.Extent{Len: 0}
 	return c
 }

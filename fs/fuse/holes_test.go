@@ -45,7 +45,7 @@ func TestLseek(t *testing.T) {
 				img.data = append(img.data, extent.Extent{Off: i * unit, Len: 1})
 			}
 		}
-		h := &handle{conn: &conn{log: func(s string) { t.Error(s) }}, img: img, release: func() {}}
+		h := &handle{conn: &conn{log: func(s string) { t.Error(s) }}, img: img, holes: unit, release: func() {}}
 		for range 60 {
 			off := rnd.Int64N(img.size + unit)
 			whence := uint32(unix.SEEK_DATA + rnd.IntN(2))
