@@ -154,11 +154,11 @@ func (d *filesDir) Entries(ctx context.Context) ([]Entry, error) {
 	for i, n := range list {
 		switch n := n.Node.(type) {
 		case *file:
-			es[i] = Entry{list[i].name, KindFile, n.inode}
+			es[i] = Entry{Name: list[i].name, Kind: KindFile, Inode: n.inode}
 		case *filesDir:
-			es[i] = Entry{list[i].name, KindDir, n.id("dir", n.prefix)}
+			es[i] = Entry{Name: list[i].name, Kind: KindDir, Inode: n.id("dir", n.prefix)}
 		case *guestRoot:
-			es[i] = Entry{list[i].name, KindDir, n.inode()}
+			es[i] = Entry{Name: list[i].name, Kind: KindDir, Inode: n.inode()}
 		}
 	}
 	return es, nil

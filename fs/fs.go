@@ -75,6 +75,7 @@ type Entry struct {
 	Name  string
 	Kind  Kind
 	Inode uint64
+	Guest GuestID // of an entry of a guest's directory
 }
 
 // Node is one place in the tree. Dir, File and Link say what can be done with it.

@@ -193,7 +193,7 @@ func (d *guestDir) List(ctx context.Context) iter.Seq2[Entry, error] {
 				}
 				kind = a.Kind
 			}
-			if !yield(Entry{e.Name, kind, child.inode()}, nil) {
+			if !yield(Entry{Name: e.Name, Kind: kind, Inode: child.inode(), Guest: GuestID{GuestVolume{d.side, vol}, at}}, nil) {
 				return
 			}
 		}

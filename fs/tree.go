@@ -86,7 +86,7 @@ func (d *rootDir) Entries(ctx context.Context) ([]Entry, error) {
 		if s.VM == "" || (len(es) > 0 && es[len(es)-1].Name == s.VM) {
 			continue // without a readable manifest the VM is not known
 		}
-		es = append(es, Entry{s.VM, KindDir, inodeOf("vm", s.VM)})
+		es = append(es, Entry{Name: s.VM, Kind: KindDir, Inode: inodeOf("vm", s.VM)})
 	}
 	return es, nil
 }
@@ -135,10 +135,10 @@ func (d *vmDir) Entries(ctx context.Context) ([]Entry, error) {
 	}
 	es := make([]Entry, 0, len(list)+1)
 	for _, s := range list {
-		es = append(es, Entry{s.Name, KindDir, pointInode(s.ID)})
+		es = append(es, Entry{Name: s.Name, Kind: KindDir, Inode: pointInode(s.ID)})
 	}
-	if _, err := d.tree.repo.Latest(ctx, d.vm); err == nil {
-		es = append(es, Entry{"latest", KindLink, inodeOf("latest", d.vm)})
+	if s, err := d.tree.repo.Latest(ctx, d.vm); err == nil {
+		es = append(es, Entry{Name: "latest", Kind: KindLink, Inode: latestInode(s)})
 	}
 	return es, nil
 }
@@ -148,13 +148,16 @@ type latestLink struct{ dir *vmDir }
 
 func (l *latestLink) Attr(ctx context.Context) (Attr, error) {
 	s, err := l.dir.tree.repo.Latest(ctx, l.dir.vm)
-	return Attr{Kind: KindLink, Inode: inodeOf("latest", l.dir.vm), Size: int64(len(s.Name)), Time: s.Time}, err
+	return Attr{Kind: KindLink, Inode: latestInode(s), Size: int64(len(s.Name)), Time: s.Time}, err
 }
 
 func (l *latestLink) Target(ctx context.Context) (string, error) {
 	s, err := l.dir.tree.repo.Latest(ctx, l.dir.vm)
 	return s.Name, err
 }
+
+// latestInode is another one when the link leads elsewhere: what a kernel keeps of links it keeps by inode.
+func latestInode(s store.Summary) uint64 { return inodeOf("latest", s.VM, s.ID.String()) }
 
 func pointInode(id store.PointID) uint64 { return inodeOf("point", id.String()) }
 
@@ -255,11 +258,11 @@ func entriesOf(_ context.Context, nodes []namedNode) ([]Entry, error) {
 	for i, n := range nodes {
 		switch n := n.Node.(type) {
 		case *file:
-			es[i] = Entry{nodes[i].name, KindFile, n.inode}
+			es[i] = Entry{Name: nodes[i].name, Kind: KindFile, Inode: n.inode}
 		case *configDir:
-			es[i] = Entry{nodes[i].name, KindDir, n.inode()}
+			es[i] = Entry{Name: nodes[i].name, Kind: KindDir, Inode: n.inode()}
 		case *filesDir:
-			es[i] = Entry{nodes[i].name, KindDir, n.id("dir", n.prefix)}
+			es[i] = Entry{Name: nodes[i].name, Kind: KindDir, Inode: n.id("dir", n.prefix)}
 		}
 	}
 	return es, nil

@@ -10,17 +10,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	stdfs "io/fs"
-	"iter"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
-	gofs "github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
@@ -28,7 +24,6 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/volume"
 	"github.com/holdfast-backup/holdfast/store"
-	"github.com/holdfast-backup/holdfast/store/extent"
 )
 
 // Options of a mount.
@@ -46,7 +41,10 @@ const (
 	background   = 64      // requests that the kernel may have under way for read-ahead
 	readAhead    = 4 << 20 // bytes, set through the bdi: MaxReadAhead does not raise it
 	immutableTTL = time.Hour
-	vmTTL        = time.Second // for names of VMs; points are asked about every time: one that is forgotten is gone
+	vmTTL        = time.Second // for names of VMs
+	// For names of points: one that is forgotten is gone at once for whoever looks, and who takes thousands of files by their whole
+	// paths does not ask for it thousands of times.
+	pointTTL = 2 * time.Millisecond
 )
 
 // Server is a mounted tree.
@@ -58,7 +56,6 @@ type Server struct {
 // Mount mounts tree at dir. It returns when the mount works.
 func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 	c := &conn{log: opt.Log}
-	var none time.Duration // what may be kept says so itself
 	mount := fuse.MountOptions{
 		FsName:                   "holdfast",
 		Name:                     "holdfast",
@@ -73,31 +70,20 @@ func Mount(dir string, tree *fs.Tree, opt Options) (*Server, error) {
 		DirectMountFlags:         syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_RDONLY,
 		Options:                  []string{"ro"},
 		ExplicitDataCacheControl: true,
+		EnableSymlinkCaching:     true, // a link that changes is another one
 	}
-	root := gofs.NewNodeFS(&dirNode{conn: c, dir: tree.Root()}, &gofs.Options{
-		MountOptions:    mount,
-		EntryTimeout:    &none,
-		AttrTimeout:     &none,
-		NegativeTimeout: &none,
-		NullPermissions: true, // a guest's file that nobody may read is shown as that
-		RootStableAttr:  &gofs.StableAttr{Ino: 1},
-	})
 	at, err := realPath(dir)
 	if err != nil {
 		return nil, fmt.Errorf("fuse: mount %s: %w", dir, err)
 	}
-	s, err := fuse.NewServer(root, at, &mount)
+	s, err := fuse.NewServer(newServer(c, tree.Root()), at, &mount)
 	if err != nil {
 		return nil, fmt.Errorf("fuse: mount %s: %w", dir, err)
 	}
 	// It is mounted: requests wait for their answers. Nothing here may ask for one itself, as
 	// WaitMount does: should this process be killed at that moment, the kernel waits for ever for
 	// the answer, and the process does not go (seen 2026-11-21).
-	c.trim = newTrimmer()
-	go func() {
-		s.Serve()
-		c.trim.end()
-	}()
+	go s.Serve()
 	if err := raiseReadAhead(at); err != nil && opt.Log != nil {
 		opt.Log(fmt.Sprintf("read-ahead stays small: %v", err))
 	}
@@ -138,13 +124,8 @@ func (s *Server) Unmount(force bool) error {
 
 // conn is what all nodes of a mount share.
 type conn struct {
-	log  func(string)
-	trim *trimmer
+	log func(string)
 }
-
-// uninterrupted leaves out that the caller got a signal meanwhile. Programs that have timers or signals of their own,
-// QEMU for one, do not expect EINTR from a file system and give up; all that is done with ctx is short.
-func uninterrupted(ctx context.Context) context.Context { return context.WithoutCancel(ctx) }
 
 // errno is the one place that turns errors into error numbers.
 func (c *conn) errno(err error) syscall.Errno {
@@ -223,257 +204,6 @@ var modes = map[fs.Kind]uint32{
 }
 
 func modeOf(k fs.Kind) uint32 { return modes[k] }
-
-// getattr answers for every kind of node.
-func (c *conn) getattr(ctx context.Context, n fs.Node, out *fuse.AttrOut) syscall.Errno {
-	a, err := n.Attr(uninterrupted(ctx))
-	if err != nil {
-		return c.errno(err)
-	}
-	fill(a, &out.Attr)
-	if a.Immutable {
-		out.SetTimeout(immutableTTL)
-	} else {
-		out.SetTimeout(0)
-	}
-	return 0
-}
-
-type dirNode struct {
-	gofs.Inode
-	conn      *conn
-	dir       fs.Dir
-	immutable bool // so are its entries
-}
-
-var (
-	_ gofs.NodeLookuper  = (*dirNode)(nil)
-	_ gofs.NodeReaddirer = (*dirNode)(nil)
-	_ gofs.NodeGetattrer = (*dirNode)(nil)
-)
-
-func (n *dirNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	return n.conn.getattr(ctx, n.dir, out)
-}
-
-func (n *dirNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*gofs.Inode, syscall.Errno) {
-	ctx = uninterrupted(ctx)
-	child, err := n.dir.Lookup(ctx, name)
-	if err != nil {
-		return nil, n.conn.errno(err)
-	}
-	a, err := child.Attr(ctx)
-	if err != nil {
-		return nil, n.conn.errno(err)
-	}
-	fill(a, &out.Attr)
-	out.SetAttrTimeout(0)
-	if a.Immutable {
-		out.SetAttrTimeout(immutableTTL)
-	}
-	// An entry may be kept for long only where its directory cannot change.
-	switch {
-	case n.immutable:
-		out.SetEntryTimeout(immutableTTL)
-	case n.IsRoot():
-		out.SetEntryTimeout(vmTTL)
-	}
-	var node gofs.InodeEmbedder
-	switch child := child.(type) {
-	case fs.Dir:
-		node = &dirNode{conn: n.conn, dir: child, immutable: a.Immutable}
-	case fs.Link:
-		node = &linkNode{conn: n.conn, link: child}
-	case fs.File:
-		node = &fileNode{conn: n.conn, file: child}
-	default:
-		node = &specialNode{conn: n.conn, node: child}
-	}
-	if a.Guest != nil && a.Kind != fs.KindDir { // to lose a directory that somebody works in would be noticed
-		n.conn.trim.saw(n.EmbeddedInode(), name)
-	}
-	return n.NewInode(ctx, node, gofs.StableAttr{Mode: modeOf(a.Kind), Ino: a.Inode}), 0
-}
-
-func (n *dirNode) Readdir(ctx context.Context) (gofs.DirStream, syscall.Errno) {
-	if l, ok := n.dir.(fs.Lister); ok {
-		return newListing(n.conn, l.List(uninterrupted(ctx)))
-	}
-	entries, err := n.dir.Entries(uninterrupted(ctx))
-	if err != nil {
-		return nil, n.conn.errno(err)
-	}
-	list := make([]fuse.DirEntry, len(entries))
-	for i, e := range entries {
-		list[i] = fuse.DirEntry{Name: e.Name, Ino: e.Inode, Mode: modeOf(e.Kind)}
-	}
-	return gofs.NewListDirStream(list), 0
-}
-
-type linkNode struct {
-	gofs.Inode
-	conn *conn
-	link fs.Link
-}
-
-var (
-	_ gofs.NodeReadlinker = (*linkNode)(nil)
-	_ gofs.NodeGetattrer  = (*linkNode)(nil)
-)
-
-func (n *linkNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	return n.conn.getattr(ctx, n.link, out)
-}
-
-func (n *linkNode) Readlink(ctx context.Context) ([]byte, syscall.Errno) {
-	target, err := n.link.Target(uninterrupted(ctx))
-	return []byte(target), n.conn.errno(err)
-}
-
-type fileNode struct {
-	gofs.Inode
-	conn *conn
-	file fs.File
-}
-
-var (
-	_ gofs.NodeOpener    = (*fileNode)(nil)
-	_ gofs.NodeGetattrer = (*fileNode)(nil)
-)
-
-func (n *fileNode) Getattr(ctx context.Context, _ gofs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	return n.conn.getattr(ctx, n.file, out)
-}
-
-func (n *fileNode) Open(ctx context.Context, flags uint32) (gofs.FileHandle, uint32, syscall.Errno) {
-	if flags&syscall.O_ACCMODE != syscall.O_RDONLY {
-		return nil, 0, syscall.EROFS
-	}
-	ctx = uninterrupted(ctx)
-	release, err := n.file.Hold(ctx)
-	if err != nil {
-		return nil, 0, n.conn.errno(err)
-	}
-	img, err := n.file.Image(ctx)
-	if err != nil {
-		release()
-		return nil, 0, n.conn.errno(err)
-	}
-	holes := int64(holeGranularity)
-	if fs.OfGuest(n.file) {
-		holes = guestHoles
-	}
-	return &handle{conn: n.conn, img: img, holes: holes, release: release}, fuse.FOPEN_KEEP_CACHE, 0
-}
-
-// handle is an open file.
-type handle struct {
-	conn    *conn
-	img     fs.Image
-	holes   int64  // how finely holes are told, bytes
-	release func() // of the hold
-
-	mu   sync.Mutex // guards following
-	seek *holeCursor
-}
-
-var (
-	_ gofs.FileReader   = (*handle)(nil)
-	_ gofs.FileLseeker  = (*handle)(nil)
-	_ gofs.FileReleaser = (*handle)(nil)
-)
-
-// Read gives all bytes asked for up to the end of the file, or an error: the
-// kernel takes a short read in the middle of a file for its end.
-func (h *handle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
-	n, err := h.img.ReadAt(dest, off)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, h.conn.errno(err)
-	}
-	return fuse.ReadResultData(dest[:n]), 0
-}
-
-// Lseek answers SEEK_DATA and SEEK_HOLE.
-func (h *handle) Lseek(_ context.Context, off uint64, whence uint32) (uint64, syscall.Errno) {
-	size := h.img.Size()
-	if off >= uint64(size) {
-		return 0, syscall.ENXIO
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.seek == nil || int64(off) < h.seek.from {
-		if h.seek != nil {
-			h.seek.stop()
-		}
-		h.seek = newHoleCursor(h.img, h.holes)
-	}
-	e, err := h.seek.at(int64(off))
-	if err != nil {
-		return 0, h.conn.errno(err)
-	}
-	switch {
-	case whence == unix.SEEK_DATA && e.Empty():
-		return 0, syscall.ENXIO
-	case whence == unix.SEEK_DATA:
-		return max(off, uint64(e.Off)), 0
-	case whence == unix.SEEK_HOLE && (e.Empty() || int64(off) < e.Off):
-		return off, 0
-	case whence == unix.SEEK_HOLE:
-		return uint64(min(e.End(), size)), 0
-	default:
-		return 0, syscall.EINVAL
-	}
-}
-
-func (h *handle) Release(context.Context) syscall.Errno {
-	h.release()
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.seek != nil {
-		h.seek.stop()
-		h.seek = nil
-	}
-	return 0
-}
-
-// holeCursor goes through the allocated ranges of a file once, as copying
-// programs ask for them, instead of from the start for each question.
-type holeCursor struct {
-	next func() (extent.Extent, error, bool)
-	stop func()
-	from int64         // questions before it need a new cursor
-	cur  extent.Extent // the range at or after from; empty when there is none
-}
-
-// How finely holes are told, bytes: the smallest chunk; in a guest's file, the block that most file systems have.
-const (
-	holeGranularity = store.MinChunkSize
-	guestHoles      = 4096
-)
-
-func newHoleCursor(img fs.Image, granularity int64) *holeCursor {
-	c := &holeCursor{}
-	c.next, c.stop = iter.Pull2(img.Allocated(granularity))
-	c.cur = extent.Extent{Len: 0}
-	return c
-}
-
-// at gives the range that holds off or the first one after it.
-func (c *holeCursor) at(off int64) (extent.Extent, error) {
-	for c.cur.End() <= off {
-		e, err, ok := c.next()
-		if err != nil {
-			return e, err
-		}
-		if !ok {
-			c.cur = extent.Extent{Off: off}
-			break
-		}
-		c.cur = e
-	}
-	c.from = off
-	return c.cur, nil
-}
 
 // Detach takes a mount out of the tree of directories at once; it ends when
 // nobody uses it any more.

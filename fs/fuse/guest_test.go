@@ -1,8 +1,13 @@
 package fuse_test
 
 import (
+	"bytes"
+	"encoding/binary"
+	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/backup/imagefile"
@@ -63,4 +68,47 @@ func TestGuestFiles(t *testing.T) {
 	guesttest.Run(t, "find", shown, "-name", "level 49")
 	guesttest.Run(t, "du", "-s", shown)
 	guesttest.Run(t, "ls", "-laR", shown)
+	seekDirectory(t, shown+"many")
+}
+
+// seekDirectory lists a directory, and again from each place that the first listing named.
+func seekDirectory(t *testing.T, dir string) {
+	t.Helper()
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	type entry struct {
+		name string
+		next int64
+	}
+	list := func(from int64, size int) (all []entry) {
+		if _, err := unix.Seek(fd, from, unix.SEEK_SET); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, size)
+		for {
+			n, err := unix.Getdents(fd, buf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n == 0 {
+				return all
+			}
+			for b := buf[:n]; len(b) > 0; b = b[binary.NativeEndian.Uint16(b[16:]):] { // struct linux_dirent64, getdents(2)
+				name, _, _ := bytes.Cut(b[19:], []byte{0})
+				all = append(all, entry{string(name), int64(binary.NativeEndian.Uint64(b[8:]))})
+			}
+		}
+	}
+	whole := list(0, 1<<20)
+	if len(whole) < 400 {
+		t.Fatalf("%s has %d entries", dir, len(whole))
+	}
+	for i := 0; i < len(whole); i += 37 {
+		if rest := list(whole[i].next, 600); !slices.Equal(rest, whole[i+1:]) {
+			t.Errorf("behind entry %d: %d entries, want %d", i, len(rest), len(whole)-i-1)
+		}
+	}
 }
