@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -66,8 +65,7 @@ func (b *bench) boots(ctx context.Context) error {
 	var rows [][]string
 	plain := 0.0
 	for i, k := range kinds {
-		slices.Sort(got[i])
-		m := got[i][len(got[i])/2]
+		m := median(got[i])
 		if i == 0 {
 			plain = m
 		}

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"time"
 
@@ -96,8 +95,7 @@ func (b *bench) fio(ctx context.Context) error {
 				row = append(row, "")
 				continue
 			}
-			slices.Sort(list)
-			medians[t.name] = list[len(list)/2]
+			medians[t.name] = median(list)
 			row = append(row, fmt.Sprintf("%.0f", medians[t.name]))
 		}
 		rows = append(rows, append(row, fmt.Sprintf("%.2f", medians["NBD"]/medians["nbdkit"])))
