@@ -47,6 +47,19 @@ func newSectorCipher(name string, key []byte) (sectorCipher, error) {
 			s.iv, err = aes.NewCipher(h.Sum(nil))
 		}
 		return s, err
+	case "cbc-eboiv":
+		c, err := aes.NewCipher(key)
+		if err != nil {
+			return nil, guest.Damaged("a key of %d bytes for %s", len(key), name)
+		}
+		return cbcSectors{c, c, mask}, nil
+	case "cbc-elephant":
+		data, err := aes.NewCipher(key[:len(key)/2])
+		tweak, err2 := aes.NewCipher(key[len(key)/2:])
+		if err != nil || err2 != nil {
+			return nil, guest.Damaged("a key of %d bytes for %s", len(key), name)
+		}
+		return elephantSectors{cbcSectors{data, data, mask}, tweak}, nil
 	}
 	return nil, guest.Unsupported("the cipher %s", name)
 }
