@@ -50,14 +50,16 @@ var bitLockerMethods = []bitLockerMethod{
 
 // The bounds of what metadata may hold, and the sizes of its regions (BDE, "Metadata files").
 const (
-	maxProtectors     = 64
-	bitLockerRegion   = 64 << 10 // bytes
-	bitLockerVista    = 16 << 10 // bytes
-	bitLockerBoot     = 8 << 10  // bytes that Vista does not encrypt
-	bitLockerSign     = "-FVE-FS-"
-	bitLockerGUID     = "\x3b\xd6\x67\x49\x29\x2e\xd8\x4a\x83\x99\xf6\xa3\x39\xe3\xd0\x01"
-	bitLockerUsedGUID = "\x3b\x4d\xa8\x92\x80\xdd\x0e\x4d\x9e\x4e\xb1\xe3\x28\x4e\xae\xd8"
-	bitLockerToGoAt   = 424 // of the GUID in a boot sector that looks like FAT32
+	maxProtectors   = 64
+	bitLockerRegion = 64 << 10 // bytes
+	bitLockerVista  = 16 << 10 // bytes
+	bitLockerBoot   = 8 << 10  // bytes that Vista does not encrypt
+	bitLockerSign   = "-FVE-FS-"
+	bitLockerGUID   = "\x3b\xd6\x67\x49\x29\x2e\xd8\x4a\x83\x99\xf6\xa3\x39\xe3\xd0\x01"
+	// While the volume is converted, from Windows 8 on. BDE takes it for that of volumes of which only the used space is encrypted; libbde
+	// issue 69 has it right.
+	bitLockerConvertGUID = "\x3b\x4d\xa8\x92\x80\xdd\x0e\x4d\x9e\x4e\xb1\xe3\x28\x4e\xae\xd8"
+	bitLockerToGoAt      = 424 // of the GUID in a boot sector that looks like FAT32
 )
 
 // isToGo reports whether a boot sector is that of BitLocker To Go, which has a FAT file system in front (BDE, "BitLocker To Go").
@@ -66,14 +68,17 @@ func isToGo(b []byte) bool {
 		return false
 	}
 	id := string(b[bitLockerToGoAt : bitLockerToGoAt+16])
-	return id == bitLockerGUID || id == bitLockerUsedGUID
+	return id == bitLockerGUID || id == bitLockerConvertGUID
 }
 
-// bitLockerPlaces reads a boot sector (BDE, "Volume header"): the size of sectors and where copies of the metadata are.
+func isSector(n int64) bool { return n >= 512 && n <= 4096 && n&(n-1) == 0 }
+
+// bitLockerPlaces reads a boot sector (BDE, "Volume header"): the size of sectors, which one in front of exFAT does not have (libbde issues 52
+// and 79), and where copies of the metadata are.
 func bitLockerPlaces(b []byte) (sector int64, copies []int64, refused error, err error) {
 	le := binary.LittleEndian
 	sector = int64(le.Uint16(b[11:]))
-	if sector < 512 || sector > 4096 || sector&(sector-1) != 0 {
+	if sector != 0 && !isSector(sector) {
 		return 0, nil, nil, guest.Damaged("BitLocker: sectors of %d bytes", sector)
 	}
 	at := 160
@@ -81,8 +86,8 @@ func bitLockerPlaces(b []byte) (sector int64, copies []int64, refused error, err
 		at = bitLockerToGoAt
 	}
 	switch string(b[at : at+16]) {
-	case bitLockerUsedGUID:
-		refused = guest.Unsupported("BitLocker: being encrypted in parts, as needed; let Windows end it")
+	case bitLockerConvertGUID:
+		refused = guest.Unsupported("BitLocker: in the middle of a conversion; let Windows end it")
 	case bitLockerGUID:
 	default:
 		if string(b[:3]) != "\xeb\x52\x90" {
@@ -188,7 +193,7 @@ func parseBitLocker(b []byte, at, sector int64) (*bitLocker, error) {
 		size *= 16
 	}
 	switch {
-	case h.version != 1 && h.version != 2:
+	case h.version != 1 && h.version != 2, h.version == 1 && sector == 0:
 		return nil, guest.Unsupported("BitLocker: metadata of version %d", h.version)
 	case h.version == 1 && (size < 64+set || size > int64(len(b))):
 		size = 64 + set
@@ -222,11 +227,19 @@ func parseBitLocker(b []byte, at, sector int64) (*bitLocker, error) {
 		}
 		break
 	}
-	h.encrypted, h.headerAt, h.header = int64(le.Uint64(b[16:])), int64(le.Uint64(b[56:])), int64(le.Uint32(b[28:]))*sector
+	sectors := int64(le.Uint32(b[28:]))
+	h.encrypted, h.headerAt, h.header = int64(le.Uint64(b[16:])), int64(le.Uint64(b[56:])), sectors*sector
 	if h.refused == nil && (le.Uint32(b[24:]) != 0 || h.encrypted == 0) {
 		h.refused = guest.Unsupported("BitLocker: in the middle of a conversion; let Windows end it")
 	}
-	return h, h.entries(b[112 : 64+set])
+	err := h.entries(b[112 : 64+set])
+	if h.sector == 0 {
+		h.sector = h.header / max(1, sectors)
+	}
+	if err == nil && !isSector(h.sector) {
+		err = guest.Damaged("BitLocker: %d sectors of %d bytes", sectors, h.header)
+	}
+	return h, err
 }
 
 // The kinds of datums (BDE, "FVE metadata value types") and what those at the top are for ("FVE metadata entry types").

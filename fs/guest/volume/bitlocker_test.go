@@ -19,67 +19,28 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-// bdeNTFS makes an NTFS file system with some noise in it, and says where it has 1 MiB for BitLocker's metadata.
-func bdeNTFS(t testing.TB, size, sector int) (image []byte, gap int) {
-	t.Helper()
-	dir := t.TempDir()
-	fs, files := filepath.Join(dir, "fs"), []string{filepath.Join(dir, "gap"), filepath.Join(dir, "noise")}
-	rnd := rand.New(rand.NewPCG(1, 2))
-	noise := make([]byte, 1<<20+8192)
-	for i := range noise {
-		noise[i] = byte(rnd.Uint32())
-	}
-	run := func(args ...string) {
-		t.Helper()
-		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v\n%s", args, err, out)
-		}
-	}
-	if err := errors.Join(os.WriteFile(fs, nil, 0o600), os.Truncate(fs, int64(size))); err != nil {
-		t.Fatal(err)
-	}
-	run("mkntfs", "-q", "-F", "-Q", "-s", fmt.Sprint(sector), "-p", "0", "-H", "0", "-S", "0", fs)
-	for i, file := range files {
-		if err := os.WriteFile(file, noise, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		run("ntfscp", fs, file, filepath.Base(file))
-		noise[0] += byte(i + 1)
-	}
-	image, err := os.ReadFile(fs)
-	if err != nil {
-		t.Fatal(err)
-	}
-	noise[0] -= 3
-	if gap = bytes.Index(image, noise[:4096]); gap < 0 || !bytes.Equal(image[gap:gap+len(noise)], noise) {
-		t.Fatal("the file is not in one piece")
-	}
-	return image, gap
-}
+const bdeSize = 8 << 20 // bytes
 
 // bdeKinds are volumes of all the ways of encryption, and the older and newer layouts.
 var bdeKinds = []struct {
 	name string
-	bdeMaker
+	guesttest.BitLocker
 }{
-	{"AES 128 with Diffuser", bdeMaker{method: 0x8000, sector: 512, header: 8192}},
-	{"AES 256 with Diffuser", bdeMaker{method: 0x8001, sector: 512, header: 8192}},
-	{"AES 128", bdeMaker{method: 0x8002, sector: 512, header: 8192}},
-	{"AES 256", bdeMaker{method: 0x8003, sector: 512, header: 8192}},
-	{"XTS-AES 128", bdeMaker{method: 0x8004, sector: 512, header: 8192}},
-	{"XTS-AES 256", bdeMaker{method: 0x8005, sector: 512, header: 8192}},
-	{"AES 256", bdeMaker{method: 0x8003, sector: 4096, header: 8192}},
-	{"XTS-AES 128", bdeMaker{method: 0x8004, sector: 4096, header: 8192}},
-	{"XTS-AES 256", bdeMaker{method: 0x8005, sector: 512, header: 80 << 10, toGo: true}},
-	{"AES 128 with Diffuser", bdeMaker{method: 0x8000, sector: 512}},                                                   // Vista
-	{"AES 256", bdeMaker{method: 0x8003, sector: 512}},                                                                 // Vista
-	{"XTS-AES 128", bdeMaker{method: 0x8004, sector: 512, header: 8192, encrypted: 9<<20 + 512}},                       // a part
-	{"AES 128", bdeMaker{method: 0x8002, sector: 512, header: 8192, encrypted: 64 << 10}},                              // not the header's new place
-	{"AES 128 with Diffuser", bdeMaker{method: 0x8000, sector: 512, header: 24 << 10, encrypted: 2 << 20, toGo: true}}, // the header first
-}
-
-func bdeKeep(names ...string) func(string) bool {
-	return func(name string) bool { return slices.Contains(names, name) }
+	{"AES 128 with Diffuser", guesttest.BitLocker{Method: 0x8000, Sector: 512, Header: 8192}},
+	{"AES 256 with Diffuser", guesttest.BitLocker{Method: 0x8001, Sector: 512, Header: 8192}},
+	{"AES 128", guesttest.BitLocker{Method: 0x8002, Sector: 512, Header: 8192}},
+	{"AES 256", guesttest.BitLocker{Method: 0x8003, Sector: 512, Header: 8192}},
+	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192}},
+	{"XTS-AES 256", guesttest.BitLocker{Method: 0x8005, Sector: 512, Header: 8192}},
+	{"AES 256", guesttest.BitLocker{Method: 0x8003, Sector: 4096, Header: 8192}},
+	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 4096, Header: 8192}},
+	{"XTS-AES 256", guesttest.BitLocker{Method: 0x8005, Sector: 512, Header: 80 << 10, ToGo: true}},
+	{"AES 128 with Diffuser", guesttest.BitLocker{Method: 0x8000, Sector: 512}},                                                   // Vista
+	{"AES 256", guesttest.BitLocker{Method: 0x8003, Sector: 512}},                                                                 // Vista
+	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Encrypted: bdeSize - 512}},                     // the end is not
+	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Encrypted: 5<<20 + 512}},                       // a part
+	{"AES 128", guesttest.BitLocker{Method: 0x8002, Sector: 512, Header: 8192, Encrypted: 64 << 10}},                              // not the header's new place
+	{"AES 128 with Diffuser", guesttest.BitLocker{Method: 0x8000, Sector: 512, Header: 24 << 10, Encrypted: 2 << 20, ToGo: true}}, // the header first
 }
 
 func withKeys(keys ...string) Options {
@@ -164,10 +125,10 @@ func byLibbde(t *testing.T, args ...string) bool {
 }
 
 // bdeOracles decrypts by dislocker and by libbde, as far as they can.
-func bdeOracles(t *testing.T, dir string, kind *bdeMaker, v *bdeMade) {
+func bdeOracles(t *testing.T, dir string, kind *guesttest.BitLocker, v *guesttest.BitLockerVolume) {
 	t.Helper()
 	image, bek, out := filepath.Join(dir, "image"), filepath.Join(dir, "key.BEK"), filepath.Join(dir, "out")
-	if err := errors.Join(os.WriteFile(image, v.image, 0o600), os.WriteFile(bek, v.bek, 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(image, v.Image, 0o600), os.WriteFile(bek, v.BEK, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	same := func(who string, least int64, want []byte) {
@@ -182,19 +143,19 @@ func bdeOracles(t *testing.T, dir string, kind *bdeMaker, v *bdeMade) {
 		os.Remove(out)
 	}
 	guesttest.Run(t, "dislocker-file", "-r", "-V", image, "-f", bek, "--", out)
-	plain := v.plain
-	if kind.header == 0 {
+	plain := v.Plain
+	if kind.Header == 0 {
 		// The cluster of the MFT's mirror, which Vista keeps in the metadata, is not put back by dislocker 0.7.2.
-		plain = slices.Concat(plain[:56], v.image[56:64], plain[64:])
+		plain = slices.Concat(plain[:56], v.Image[56:64], plain[64:])
 	}
-	same("dislocker", kind.encrypted, plain) // it ends where encryption does
-	if kind.header == 0 || kind.method == 0x8005 {
+	same("dislocker", kind.Encrypted, plain) // it ends where encryption does
+	if kind.Header == 0 || kind.Method == 0x8005 {
 		return // libbde 20190102 opens neither
 	}
 	if !byLibbde(t, image, out, "read_startup_key", bek) {
 		return
 	}
-	same("libbde", int64(len(v.plain))-512, v.plain) // NTFS has a sector less
+	same("libbde", int64(len(v.Plain))-512, v.Plain) // NTFS has a sector less
 }
 
 // TestBitLocker: what dislocker and libbde decrypt is what we do.
@@ -203,21 +164,26 @@ func TestBitLocker(t *testing.T) {
 	dir := t.TempDir()
 	fs, gap := map[int][]byte{}, map[int]int{}
 	for _, sector := range []int{512, 4096} {
-		fs[sector], gap[sector] = bdeNTFS(t, 12<<20, sector)
+		fs[sector], gap[sector] = guesttest.BitLockerNTFS(t, bdeSize, sector)
 	}
 	for i, kind := range bdeKinds {
 		t.Run(fmt.Sprintf("%d %s", i, kind.name), func(t *testing.T) {
-			kind.only = bdeKeep("external", "tpm")
-			v := kind.make(fs[kind.sector], gap[kind.sector], uint64(i))
-			bdeOracles(t, dir, &kind.bdeMaker, v)
-			got, warnings := openMemory(t, v.image, withKeys("no", string(v.bek)))
-			if part := kind.encrypted != 0; part != (len(warnings) == 1) || len(warnings) > 1 {
+			kind.Protectors = []string{"tpm", "external"}
+			v := kind.Make(fs[kind.Sector], gap[kind.Sector], uint64(i))
+			bdeOracles(t, dir, &kind.BitLocker, v)
+			got, warnings := openMemory(t, v.Image, withKeys("no", string(v.BEK)))
+			if part := kind.Encrypted != 0 && kind.Encrypted < 6<<20; part != (len(warnings) == 1) || len(warnings) > 1 {
 				t.Error(warnings)
 			}
 			if !strings.HasPrefix(got.Encryption, "BitLocker "+kind.name+" (TPM and PIN, external key ") || got.Signature != "ntfs" {
 				t.Errorf("%+v", got)
 			}
-			sameReads(t, got.Device, v.plain)
+			sameReads(t, got.Device, v.Plain)
+			if v.Image[11], v.Image[12] = 0, 0; kind.Header != 0 { // as in front of exFAT
+				if got, _ := openMemory(t, v.Image, withKeys(string(v.BEK))); got.Device == nil || !bytes.Equal(readAll(t, got.Device), v.Plain) {
+					t.Errorf("without a sector size: %+v", got)
+				}
+			}
 		})
 	}
 }
@@ -225,15 +191,15 @@ func TestBitLocker(t *testing.T) {
 // TestBitLockerKeys: cryptsetup opens with the same keys.
 func TestBitLockerKeys(t *testing.T) {
 	guesttest.NeedsPrograms(t, "mkntfs", "ntfscp", "cryptsetup")
-	fs, gap := bdeNTFS(t, 12<<20, 512)
-	m := bdeMaker{method: 0x8004, sector: 512, header: 8192, ascii: true}
-	v := m.make(fs, gap, 77)
+	fs, gap := guesttest.BitLockerNTFS(t, bdeSize, 512)
+	m := guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, ASCII: true, Protectors: []string{"tpm", "password", "recovery", "external"}}
+	v := m.Make(fs, gap, 77)
 	image := filepath.Join(t.TempDir(), "image")
-	if err := os.WriteFile(image, v.image, 0o600); err != nil {
+	if err := os.WriteFile(image, v.Image, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	dump := guesttest.Run(t, "cryptsetup", "bitlkDump", image)
-	h, _ := openMemory(t, v.image, Options{})
+	h, _ := openMemory(t, v.Image, Options{})
 	if !errors.Is(h.Err, ErrLocked) || h.Device != nil || h.Signature != "BitLocker" || !strings.Contains(dump, h.UUID) {
 		t.Errorf("%+v\n%s", h, dump)
 	}
@@ -247,11 +213,11 @@ func TestBitLockerKeys(t *testing.T) {
 		t.Errorf("%s is not in\n%s", id, dump)
 	}
 	asked := Locked{}
-	Scan([]Disk{{"d", memory(v.image)}}, Options{Unlock: func(l Locked) [][]byte { asked = l; return nil }})
+	Scan([]Disk{{"d", memory(v.Image)}}, Options{Unlock: func(l Locked) [][]byte { asked = l; return nil }})
 	if asked != (Locked{"d", "BitLocker", h.UUID, "VM C:"}) {
 		t.Errorf("%+v", asked)
 	}
-	for name, key := range map[string]string{"password": v.password, "recovery": v.recovery, "external": string(v.bek)} {
+	for name, key := range map[string]string{"password": v.Password, "recovery": v.Recovery, "external": string(v.BEK)} {
 		file := filepath.Join(t.TempDir(), "key")
 		if err := os.WriteFile(file, []byte(key), 0o600); err != nil {
 			t.Fatal(err)
@@ -259,35 +225,35 @@ func TestBitLockerKeys(t *testing.T) {
 		if out, err := exec.Command("cryptsetup", "open", "--type", "bitlk", "--test-passphrase", "--key-file", file, image).CombinedOutput(); err != nil {
 			t.Errorf("cryptsetup by %s: %v %s", name, err, out)
 		}
-		got, warnings := openMemory(t, v.image, withKeys(key))
+		got, warnings := openMemory(t, v.Image, withKeys(key))
 		if got.Err != nil || len(warnings) > 0 {
 			t.Errorf("%s: %+v %v", name, got, warnings)
 			continue
 		}
-		sameReads(t, got.Device, v.plain)
+		sameReads(t, got.Device, v.Plain)
 	}
-	for _, wrong := range []string{v.password + "\n", v.password[1:], v.recovery[:48] + "7", strings.Repeat("0", 55), string(v.bek[:100]), ""} {
-		if got, _ := openMemory(t, v.image, withKeys(wrong)); !errors.Is(got.Err, ErrLocked) {
+	for _, wrong := range []string{v.Password + "\n", v.Password[1:], v.Recovery[:48] + "7", strings.Repeat("0", 55), string(v.BEK[:100]), ""} {
+		if got, _ := openMemory(t, v.Image, withKeys(wrong)); !errors.Is(got.Err, ErrLocked) {
 			t.Errorf("%q: %+v", wrong, got)
 		}
 	}
-	if got, _ := openMemory(t, v.image, withKeys("x", " "+strings.ReplaceAll(v.recovery, "-", " ")+"\n")); got.Err != nil {
+	if got, _ := openMemory(t, v.Image, withKeys("x", " "+strings.ReplaceAll(v.Recovery, "-", " ")+"\n")); got.Err != nil {
 		t.Errorf("%+v", got)
 	}
 	// Of a password in UTF-16, libbde is the judge.
-	m.ascii, m.only = false, bdeKeep("password")
-	v = m.make(fs, gap, 78)
+	m.ASCII, m.Protectors = false, []string{"password"}
+	v = m.Make(fs, gap, 78)
 	out := filepath.Join(t.TempDir(), "out")
-	if err := os.WriteFile(image, v.image, 0o600); err != nil {
+	if err := os.WriteFile(image, v.Image, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if !byLibbde(t, image, out, "set_password", v.password) {
+	if !byLibbde(t, image, out, "set_password", v.Password) {
 		return
 	}
-	if b, err := os.ReadFile(out); err != nil || !bytes.Equal(b, v.plain) {
+	if b, err := os.ReadFile(out); err != nil || !bytes.Equal(b, v.Plain) {
 		t.Error("libbde does not find what was hidden", err)
 	}
-	if got, _ := openMemory(t, v.image, withKeys(v.password)); got.Err != nil {
+	if got, _ := openMemory(t, v.Image, withKeys(v.Password)); got.Err != nil {
 		t.Errorf("%+v", got)
 	}
 }
@@ -295,45 +261,45 @@ func TestBitLockerKeys(t *testing.T) {
 // TestBitLockerClear: with protection suspended no key is needed. The copies of the metadata stand in for each other.
 func TestBitLockerClear(t *testing.T) {
 	guesttest.NeedsPrograms(t, "mkntfs", "ntfscp", "dislocker-file")
-	fs, gap := bdeNTFS(t, 12<<20, 512)
-	m := bdeMaker{method: 0x8005, sector: 512, header: 8192, clear: true, only: bdeKeep("clear", "tpm")}
-	v := m.make(fs, gap, 5)
+	fs, gap := guesttest.BitLockerNTFS(t, bdeSize, 512)
+	m := guesttest.BitLocker{Method: 0x8005, Sector: 512, Header: 8192, Protectors: []string{"tpm", "clear"}}
+	v := m.Make(fs, gap, 5)
 	dir := t.TempDir()
 	image, out := filepath.Join(dir, "image"), filepath.Join(dir, "out")
-	if err := os.WriteFile(image, v.image, 0o600); err != nil {
+	if err := os.WriteFile(image, v.Image, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	guesttest.Run(t, "dislocker-file", "-r", "-V", image, "-c", "--", out)
-	if theirs, err := os.ReadFile(out); err != nil || !bytes.Equal(theirs, v.plain) {
+	if theirs, err := os.ReadFile(out); err != nil || !bytes.Equal(theirs, v.Plain) {
 		t.Error("dislocker does not find what was hidden", err)
 	}
 	opened := func(want error, warned int) {
 		t.Helper()
-		got, warnings := openMemory(t, v.image, Options{})
+		got, warnings := openMemory(t, v.Image, Options{})
 		switch {
 		case !errors.Is(got.Err, want) || len(warnings) != warned:
 			t.Errorf("%+v %v", got, warnings)
-		case want == nil && !bytes.Equal(readAll(t, got.Device), v.plain):
+		case want == nil && !bytes.Equal(readAll(t, got.Device), v.Plain):
 			t.Error("differs")
 		}
 	}
 	opened(nil, 0)
-	good := bytes.Clone(v.image)
-	at := v.metadata
-	size := 16 * int(binary.LittleEndian.Uint16(v.image[at[0]+8:]))
-	v.image[at[0]+200] ^= 1 // the checksum finds it
+	good := bytes.Clone(v.Image)
+	at := v.Metadata
+	size := 16 * int(binary.LittleEndian.Uint16(v.Image[at[0]+8:]))
+	v.Image[at[0]+200] ^= 1 // the checksum finds it
 	opened(nil, 1)
-	v.image[at[1]+3] ^= 1
+	v.Image[at[1]+3] ^= 1
 	opened(nil, 1)
-	v.image[at[2]+size+4] ^= 1
+	v.Image[at[2]+size+4] ^= 1
 	opened(guest.ErrDamaged, 0)
 	// With the checksum right, the hash that is sealed finds it.
 	bad := func(i int) {
-		b := v.image[at[i]:]
+		b := v.Image[at[i]:]
 		b[112+10] ^= 1 // the label
 		binary.LittleEndian.PutUint32(b[size+4:], crc32.ChecksumIEEE(b[:size]))
 	}
-	copy(v.image, good)
+	copy(v.Image, good)
 	bad(0)
 	opened(nil, 0)
 	bad(1)
@@ -341,9 +307,9 @@ func TestBitLockerClear(t *testing.T) {
 	opened(guest.ErrDamaged, 0)
 	// States that we cannot be sure of.
 	for _, p := range []struct{ at, n int }{{24, 4}, {16, 8}, {100, 2}} {
-		copy(v.image, good)
+		copy(v.Image, good)
 		for i := range at {
-			b := v.image[at[i]:]
+			b := v.Image[at[i]:]
 			copy(b[p.at:p.at+p.n], make([]byte, 8))
 			if p.at == 24 {
 				b[p.at] = 1
@@ -352,8 +318,8 @@ func TestBitLockerClear(t *testing.T) {
 		}
 		opened(guest.ErrUnsupported, 0)
 	}
-	copy(v.image, good)
-	copy(v.image[160:], bitLockerUsedGUID)
+	copy(v.Image, good)
+	copy(v.Image[160:], bitLockerConvertGUID)
 	opened(guest.ErrUnsupported, 0)
 }
 
@@ -364,4 +330,68 @@ func readAll(t testing.TB, dev guest.Device) []byte {
 		t.Fatal(err)
 	}
 	return b
+}
+
+// TestBitLockerInGuest: dm-crypt, as cryptsetup sets it up, reads the same.
+func TestBitLockerInGuest(t *testing.T) {
+	if os.Getenv("HOLDFAST_TEST_ALL") == "" {
+		t.Skip("boots a guest, which takes a minute; HOLDFAST_TEST_ALL asks for it")
+	}
+	image := guesttest.Sparse(t, 200<<20)
+	script, n, want := "echo start >&2\n", 0, map[string]string{}
+	lines := "label: gpt\n"
+	type part struct {
+		off int64
+		bek []byte
+	}
+	var parts []part
+	for i, kind := range bdeKinds {
+		if kind.Header == 0 || kind.Encrypted != 0 {
+			continue // it knows neither Vista nor volumes of which a part is encrypted
+		}
+		fs, gap := guesttest.BitLockerNTFS(t, bdeSize, kind.Sector)
+		kind.Protectors = []string{"tpm", "external"}
+		v := kind.Make(fs, gap, uint64(100+i))
+		n++
+		at := int64(n) * 10 << 20
+		lines += fmt.Sprintf("start=%dMiB, size=%dMiB\n", at>>20, bdeSize>>20)
+		parts = append(parts, part{at, v.BEK})
+		writeAt(t, image, at, v.Image)
+		name := fmt.Sprintf("disk0/p%d", n)
+		want[name] = kind.name
+		script += fmt.Sprintf("tail -c +%d /dev/vda | head -c %d > /tmp/k\ncryptsetup open --type bitlk --readonly --key-file /tmp/k /dev/vda%d c >&2\n"+
+			"echo %s $(blockdev --getsize64 /dev/mapper/c) $(sha256sum < /dev/mapper/c)\ncryptsetup close c\n", at+9<<20+1, len(v.BEK), n, name)
+	}
+	sfdisk(t, image, lines)
+	for _, p := range parts {
+		writeAt(t, image, p.off+9<<20, p.bek) // between the partitions
+	}
+	var keys []string
+	for _, p := range parts {
+		keys = append(keys, string(p.bek))
+	}
+	got, warnings := scanImages(t, withKeys(keys...), image)
+	if len(warnings) > 0 {
+		t.Error(warnings)
+	}
+	for _, line := range strings.Split(strings.TrimSpace(guesttest.Guest(t, []string{image}, script, "sha256sum")), "\n") {
+		f := strings.Fields(line)
+		sameSum(t, got, f[0], f[1]+" "+f[2])
+		delete(want, f[0])
+	}
+	if len(want) > 0 {
+		t.Error("not opened: ", want)
+	}
+}
+
+func writeAt(t *testing.T, image string, at int64, b []byte) {
+	t.Helper()
+	f, err := os.OpenFile(image, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(b, at); err != nil {
+		t.Fatal(err)
+	}
 }

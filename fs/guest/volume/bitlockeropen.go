@@ -9,6 +9,8 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
 
+const maxNTFSCluster = 2 << 20 // bytes
+
 // bitLocker opens a BitLocker volume and looks into it, under the same name. It says no when it stays closed.
 func (s *scan) bitLocker(f found, v *Volume) bool {
 	v.dev, v.Encryption = nil, "BitLocker"
@@ -34,7 +36,8 @@ func (s *scan) bitLocker(f found, v *Volume) bool {
 		v.Err = err
 		return false
 	}
-	if h.encrypted < dev.Size() {
+	// A file system is a cluster shorter than its volume at most, and so is what is encrypted.
+	if h.encrypted < dev.Size()-maxNTFSCluster {
 		s.warn(f.name, "BitLocker has encrypted %d of %d bytes; the others are read as they are", h.encrypted, dev.Size())
 	}
 	f.dev, f.encryption, f.uuid, f.depth = dev, v.Encryption, v.UUID, f.depth+1
