@@ -110,7 +110,8 @@ func bitLockerPlaces(b []byte) (sector int64, copies []int64, refused error, err
 	return sector, copies, refused, nil
 }
 
-// readBitLocker reads the copies of the metadata that are whole and differ, the first of them first; bad is why another one is not used.
+// readBitLocker reads the copies of the metadata that are whole and differ, the first of them first, which also says when
+// none is to be opened; bad is why another one is not used.
 func readBitLocker(dev guest.Device) (all []*bitLocker, bad, err error) {
 	boot := make([]byte, 512)
 	if err := guest.ReadFull(dev, boot, 0); err != nil {
@@ -141,13 +142,13 @@ func readBitLocker(dev guest.Device) (all []*bitLocker, bad, err error) {
 	if len(all) == 0 {
 		return nil, nil, fmt.Errorf("none of the copies of BitLocker's metadata is good: %w", bad)
 	}
-	for _, h := range all {
+	for _, h := range all[1:] {
 		if o := all[0]; h.encrypted != o.encrypted || h.headerAt != o.headerAt || h.header != o.header || h.method != o.method {
 			refused = guest.Unsupported("BitLocker: the copies of its metadata tell different things")
 		}
-		if refused != nil {
-			h.refused = refused
-		}
+	}
+	if refused != nil {
+		all[0].refused = refused
 	}
 	return all, bad, nil
 }

@@ -21,6 +21,8 @@ import (
 
 const bdeSize = 8 << 20 // bytes
 
+const halfHeader = -1 // encrypted up to the middle of the header's new place
+
 // bdeKinds are volumes of all the ways of encryption, and the older and newer layouts.
 var bdeKinds = []struct {
 	name string
@@ -35,11 +37,12 @@ var bdeKinds = []struct {
 	{"AES 256", guesttest.BitLocker{Method: 0x8003, Sector: 4096, Header: 8192}},
 	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 4096, Header: 8192}},
 	{"XTS-AES 256", guesttest.BitLocker{Method: 0x8005, Sector: 512, Header: 80 << 10, ToGo: true}},
-	{"AES 128 with Diffuser", guesttest.BitLocker{Method: 0x8000, Sector: 512}},                                                   // Vista
-	{"AES 256", guesttest.BitLocker{Method: 0x8003, Sector: 512}},                                                                 // Vista
-	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Encrypted: bdeSize - 512}},                     // the end is not
-	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Encrypted: 5<<20 + 512}},                       // a part
-	{"AES 128", guesttest.BitLocker{Method: 0x8002, Sector: 512, Header: 8192, Encrypted: 64 << 10}},                              // not the header's new place
+	{"AES 128 with Diffuser", guesttest.BitLocker{Method: 0x8000, Sector: 512}},                               // Vista
+	{"AES 256", guesttest.BitLocker{Method: 0x8003, Sector: 512}},                                             // Vista
+	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Encrypted: bdeSize - 512}}, // the end is not
+	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Encrypted: 5<<20 + 512}},   // a part
+	{"AES 128", guesttest.BitLocker{Method: 0x8002, Sector: 512, Header: 8192, Encrypted: 64 << 10}},          // not the header's new place
+	{"XTS-AES 128", guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Encrypted: halfHeader}},
 	{"AES 128 with Diffuser", guesttest.BitLocker{Method: 0x8000, Sector: 512, Header: 24 << 10, Encrypted: 2 << 20, ToGo: true}}, // the header first
 }
 
@@ -169,6 +172,10 @@ func TestBitLocker(t *testing.T) {
 	for i, kind := range bdeKinds {
 		t.Run(fmt.Sprintf("%d %s", i, kind.name), func(t *testing.T) {
 			kind.Protectors = []string{"tpm", "external"}
+			if kind.Encrypted == halfHeader {
+				v := kind.Make(fs[kind.Sector], gap[kind.Sector], 0)
+				kind.Encrypted = int64(binary.LittleEndian.Uint64(v.Image[v.Metadata[0]+56:])) + 4096
+			}
 			v := kind.Make(fs[kind.Sector], gap[kind.Sector], uint64(i))
 			bdeOracles(t, dir, &kind.BitLocker, v)
 			got, warnings := openMemory(t, v.Image, withKeys("no", string(v.BEK)))
@@ -318,9 +325,42 @@ func TestBitLockerClear(t *testing.T) {
 		}
 		opened(guest.ErrUnsupported, 0)
 	}
+	// A copy somewhere else is not taken.
+	copy(v.Image, good)
+	copy(v.Image[at[0]+80<<10:], good[at[0]:at[0]+2048])
+	binary.LittleEndian.PutUint64(v.Image[176:], uint64(at[0]+80<<10))
+	if got, warnings := openMemory(t, v.Image, Options{}); got.Err != nil || len(warnings) != 1 {
+		t.Errorf("%+v %v", got, warnings)
+	}
+	// Copies that do not agree.
+	copy(v.Image, good)
+	b := v.Image[at[1]:]
+	b[17] ^= 2 // the size of what is encrypted
+	binary.LittleEndian.PutUint32(b[size+4:], crc32.ChecksumIEEE(b[:size]))
+	opened(guest.ErrUnsupported, 0)
 	copy(v.Image, good)
 	copy(v.Image[160:], bitLockerConvertGUID)
 	opened(guest.ErrUnsupported, 0)
+}
+
+// TestUnseal: no bit of a sealed key can be changed.
+func TestUnseal(t *testing.T) {
+	m := guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Protectors: []string{"clear"}}
+	all, bad, err := readBitLocker(memory(m.Make(make([]byte, 2<<20), 1<<20, 1).Image))
+	if err != nil || bad != nil {
+		t.Fatal(err, bad)
+	}
+	p := all[0].protectors[0]
+	if key, err := unsealKey(p.clear, p.master); err != nil || len(key) != 32 {
+		t.Fatal(key, err)
+	}
+	for i := range 8 * len(p.master) {
+		b := bytes.Clone(p.master)
+		b[i/8] ^= 1 << (i % 8)
+		if _, err := unseal(p.clear, b); !errors.Is(err, guest.ErrDamaged) {
+			t.Errorf("bit %d: %v", i, err)
+		}
+	}
 }
 
 func readAll(t testing.TB, dev guest.Device) []byte {
