@@ -3,6 +3,7 @@ package volume
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"hash/crc32"
 	"math/rand/v2"
 	"slices"
@@ -105,8 +106,9 @@ func TestBitLockerHostile(t *testing.T) {
 		list, _ := Scan([]Disk{{"d", memory(v.Image[:cut])}}, Options{})
 		if len(list) == 1 && list[0].Encryption != "" && list[0].Device != nil {
 			opened++
-			b := make([]byte, min(len(v.Plain), int(list[0].Device.Size())))
-			if err := guest.ReadFull(list[0].Device, b, 0); err != nil {
+			dev := list[0].Device
+			b := make([]byte, min(128<<10, dev.Size()))
+			if err := errors.Join(guest.ReadFull(dev, b, 0), guest.ReadFull(dev, b, dev.Size()-int64(len(b)))); err != nil {
 				t.Fatal(err)
 			}
 		}
