@@ -20,7 +20,7 @@ import (
 // Tree is the address space of one repository. Safe for concurrent use.
 type Tree struct {
 	repo *store.Repo
-	// Unlock gives the passphrases to try for an encrypted volume of a guest; nil for none. Set it before anything is asked of the tree.
+	// Unlock gives the passphrases and keys to try for an encrypted volume of a guest (volume.Options); nil for none. Set it before anything is asked of the tree.
 	Unlock func(volume.Locked) [][]byte
 
 	mu     sync.Mutex                  // guards following

@@ -74,7 +74,7 @@ func failures() []failure {
 		{isAny(store.ErrLocked), exitLocked, "end the process that holds it, or wait for it"},
 		{isAny(store.ErrNewerFormat), exitFailed, "use a newer holdfast"},
 		{isAny(store.ErrDamaged), exitDamage, "'holdfast verify --read-data' lists all damage"},
-		{isAny(volume.ErrLocked), exitAccess, "give its passphrase with --guest-key-file"},
+		{isAny(volume.ErrLocked), exitAccess, "give its passphrase or key with --guest-key-file"},
 		{isAny(store.ErrLockedPoint), exitFailed, "no command lifts a lock or makes it shorter: it ends by itself"},
 		{isAny(store.ErrLastKey), exitFailed, "'holdfast key add' or 'holdfast key recovery' makes another one first"},
 		{isAny(store.ErrKeyInUse), exitFailed, "open the repository with another password to remove this one, or use 'holdfast key change'"},

@@ -14,7 +14,7 @@ import (
 )
 
 func guestKeyFlag() cli.Flag {
-	return &cli.StringSliceFlag{Name: "guest-key-file", TakesFile: true, Usage: "`FILE` with the passphrase of a guest's encrypted volume (LUKS), or several, one a line; may be repeated"}
+	return &cli.StringSliceFlag{Name: "guest-key-file", TakesFile: true, Usage: "`FILE` with the passphrase of a guest's encrypted volume (LUKS, BitLocker) or a BitLocker recovery password, or several, one a line; or a .BEK file; may be repeated"}
 }
 
 // maxGuestKeys bounds a file with passphrases, bytes.
@@ -37,7 +37,7 @@ func (c *call) tree(r *store.Repo) (*fs.Tree, error) {
 		if len(b) > maxGuestKeys {
 			return nil, fmt.Errorf("%s: larger than %s", file, sizeText(maxGuestKeys))
 		}
-		// The file as it is, too: cryptsetup's key files may hold anything.
+		// The file as it is, too: cryptsetup's key files may hold anything, BitLocker's are binary.
 		keys = append(keys, b)
 		for line := range bytes.Lines(b) {
 			if line = bytes.TrimRight(line, "\r\n"); len(line) > 0 && !bytes.Equal(line, b) {

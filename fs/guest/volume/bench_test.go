@@ -51,3 +51,17 @@ func BenchmarkLUKS(b *testing.B) {
 	dev, err := h.device(whole{make(memory, 16<<20), 0}, make([]byte, 64))
 	benchmark(b, dev, err)
 }
+
+func BenchmarkBitLocker(b *testing.B) {
+	for _, m := range bitLockerMethods {
+		b.Run(m.name, func(b *testing.B) {
+			h := &bitLocker{version: 2, sector: 512, method: m, headerAt: 8 << 20, header: 8192, encrypted: 16 << 20, copies: []int64{9 << 20, 10 << 20, 11 << 20}}
+			key := 2 * m.key
+			if m.cipher == "aes-cbc-eboiv" {
+				key = m.key
+			}
+			dev, err := h.device(whole{make(memory, 16<<20), 0}, make([]byte, key))
+			benchmark(b, dev, err)
+		})
+	}
+}

@@ -9,9 +9,11 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
 
-// sectorCipher decrypts sectors in place, by the number that makes the initial vector. Safe for concurrent use.
+// sectorCipher decrypts sectors. Safe for concurrent use.
 type sectorCipher interface {
-	decrypt(b []byte, sector uint64)
+	// decrypt decrypts the sectors in b, of size bytes each, in place. The first one's initial vector is made of number, and each
+	// later one's of step more.
+	decrypt(b []byte, size int, number, step uint64)
 }
 
 // newSectorCipher makes the cipher that dm-crypt calls by this name (the kernel's
@@ -42,9 +44,22 @@ func newSectorCipher(name string, key []byte) (sectorCipher, error) {
 		if mode == "cbc-essiv:sha256" {
 			h := luksHash("sha256")()
 			h.Write(key)
-			s.essiv, err = aes.NewCipher(h.Sum(nil))
+			s.iv, err = aes.NewCipher(h.Sum(nil))
 		}
 		return s, err
+	case "cbc-eboiv":
+		c, err := aes.NewCipher(key)
+		if err != nil {
+			return nil, guest.Damaged("a key of %d bytes for %s", len(key), name)
+		}
+		return cbcSectors{c, c, mask}, nil
+	case "cbc-elephant":
+		data, err := aes.NewCipher(key[:len(key)/2])
+		tweak, err2 := aes.NewCipher(key[len(key)/2:])
+		if err != nil || err2 != nil {
+			return nil, guest.Damaged("a key of %d bytes for %s", len(key), name)
+		}
+		return elephantSectors{cbcSectors{data, data, mask}, tweak}, nil
 	}
 	return nil, guest.Unsupported("the cipher %s", name)
 }
@@ -55,12 +70,20 @@ type xtsSectors struct {
 	mask        uint64
 }
 
-func (x xtsSectors) decrypt(b []byte, sector uint64) {
+func (x xtsSectors) decrypt(b []byte, size int, number, step uint64) {
 	le := binary.LittleEndian
 	iv := make([]byte, aes.BlockSize)
-	le.PutUint64(iv, sector&x.mask)
-	x.tweak.Encrypt(iv, iv)
-	low, high := le.Uint64(iv), le.Uint64(iv[8:])
+	for ; len(b) >= size; b, number = b[size:], number+step {
+		clear(iv)
+		le.PutUint64(iv, number&x.mask)
+		x.tweak.Encrypt(iv, iv)
+		x.sector(b[:size], le.Uint64(iv), le.Uint64(iv[8:]))
+	}
+}
+
+// sector decrypts one sector by its encrypted tweak.
+func (x xtsSectors) sector(b []byte, low, high uint64) {
+	le := binary.LittleEndian
 	for ; len(b) >= aes.BlockSize; b = b[aes.BlockSize:] {
 		block := b[:aes.BlockSize]
 		le.PutUint64(block, le.Uint64(block)^low)
@@ -74,18 +97,29 @@ func (x xtsSectors) decrypt(b []byte, sector uint64) {
 	}
 }
 
+// cbcSectors is CBC; the initial vector is the number, encrypted by iv if there is one.
 type cbcSectors struct {
-	block, essiv cipher.Block
-	mask         uint64
+	block, iv cipher.Block
+	mask      uint64
 }
 
-func (c cbcSectors) decrypt(b []byte, sector uint64) {
+func (c cbcSectors) decrypt(b []byte, size int, number, step uint64) {
 	iv := make([]byte, aes.BlockSize)
-	binary.LittleEndian.PutUint64(iv, sector&c.mask)
-	if c.essiv != nil {
-		c.essiv.Encrypt(iv, iv)
+	mode := cipher.NewCBCDecrypter(c.block, iv)
+	again, _ := mode.(interface{ SetIV([]byte) }) // not in the interface, but of all of Go's own
+	for ; len(b) >= size; b, number = b[size:], number+step {
+		clear(iv)
+		binary.LittleEndian.PutUint64(iv, number&c.mask)
+		if c.iv != nil {
+			c.iv.Encrypt(iv, iv)
+		}
+		if again != nil {
+			again.SetIV(iv)
+		} else {
+			mode = cipher.NewCBCDecrypter(c.block, iv)
+		}
+		mode.CryptBlocks(b[:size], b[:size])
 	}
-	cipher.NewCBCDecrypter(c.block, iv).CryptBlocks(b, b)
 }
 
 // crypt is what an encrypted device hides. Bytes keep their positions.
@@ -93,6 +127,7 @@ type crypt struct {
 	device // encrypted
 	sectorCipher
 	sector int64  // bytes
+	unit   int64  // bytes that the number of a sector counts
 	tweak  uint64 // added to the number of a sector
 }
 
@@ -113,7 +148,8 @@ func (h *luksHeader) device(dev device, key []byte) (device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &crypt{data, c, h.sector, h.tweak}, nil
+	// Numbers count 512 bytes, however large sectors are.
+	return &crypt{data, c, h.sector, sectorSize, h.tweak}, nil
 }
 
 // ReadAt implements io.ReaderAt.
@@ -135,13 +171,11 @@ func (c *crypt) read(p []byte, off int64) (int, error) {
 	return copy(p, b[in:]), nil
 }
 
-// sectors reads and decrypts whole sectors. Their numbers count 512 bytes, however large they are.
+// sectors reads and decrypts whole sectors.
 func (c *crypt) sectors(p []byte, off int64) error {
 	if err := guest.ReadFull(c.device, p, off); err != nil {
 		return err
 	}
-	for ; len(p) > 0; p, off = p[c.sector:], off+c.sector {
-		c.decrypt(p[:c.sector], uint64(off/sectorSize)+c.tweak)
-	}
+	c.decrypt(p, int(c.sector), uint64(off/c.unit)+c.tweak, uint64(c.sector/c.unit))
 	return nil
 }

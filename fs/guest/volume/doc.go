@@ -13,18 +13,21 @@
 //     that hold nothing of their own.
 //   - Linux md arrays, superblocks 0.90 and 1.x: linear and RAID 0, 1, 4, 5, 6, 10; degraded ones are computed.
 //   - LUKS 1 and 2, with a key.
+//   - BitLocker of Windows 7 and later, and To Go, with a password, a recovery password, an external key (.BEK file), or
+//     nothing while protection is suspended; the layout of Vista as the document has it, never seen in a real volume.
 //
 // These nest as a guest nests them, to a bounded depth.
 //
 // # What it does not
 //
 // What is known but not readable is in the list with the reason: [guest.ErrUnsupported] (Storage Spaces, dynamic disks,
-// VDO, an array in the middle of a reshape …), [ErrLocked] (no key fits), [guest.ErrDamaged] (a part is missing).
+// VDO, an array in the middle of a reshape, BitLocker in the middle of a conversion …), [ErrLocked] (no key fits), [guest.ErrDamaged] (a part is missing).
 // Bytes that are not there are never zeros.
 //
 // # Sources
 //
 // UEFI Specification 2.10 §5 (GPT, MBR); the LVM documentation of libvslvm ("LVM format specification") and lvm(8); md(4), the Linux RAID
 // wiki ("RAID superblock formats"), H. P. Anvin, "The mathematics of RAID-6"; the kernel's
-// Documentation/admin-guide/device-mapper; LUKS1 On-Disk Format 1.2.3, LUKS2 On-Disk Format 1.1.
+// Documentation/admin-guide/device-mapper; LUKS1 On-Disk Format 1.2.3, LUKS2 On-Disk Format 1.1; J. Metz, "BitLocker
+// Drive Encryption (BDE) format specification" 0.0.16 (libbde's documentation), N. Ferguson, "AES-CBC + Elephant diffuser".
 package volume

@@ -153,16 +153,20 @@ func gptEntry(b []byte, number int, unit int64) (p partition, used bool) {
 	if last >= first && last < 1<<50 {
 		p.off, p.n = int64(first)*unit, int64(last-first+1)*unit
 	}
-	var name []uint16
-	for c := b[56:128]; len(c) >= 2 && (c[0] != 0 || c[1] != 0); c = c[2:] {
-		name = append(name, le.Uint16(c))
-	}
-	if len(name) > 0 {
-		p.label = string(utf16.Decode(name))
+	if p.label = utf16Text(b[56:128]); p.label != "" {
 		p.detail += fmt.Sprintf(" %q", p.label)
 	}
 	p.reserved = kind == gptReserved || kind == gptBIOS
 	return p, true
+}
+
+// utf16Text is a text in UTF-16LE that ends with a zero.
+func utf16Text(b []byte) string {
+	var u []uint16
+	for ; len(b) >= 2 && (b[0] != 0 || b[1] != 0); b = b[2:] {
+		u = append(u, binary.LittleEndian.Uint16(b))
+	}
+	return string(utf16.Decode(u))
 }
 
 // guid writes a GUID as Windows and UEFI store it, its first three fields little-endian.

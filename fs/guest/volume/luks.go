@@ -227,9 +227,7 @@ func (s luksSlot) open(dev device, pass []byte, memory int64) ([]byte, error) {
 	if err := guest.ReadFull(dev, material, s.off); err != nil {
 		return nil, err
 	}
-	for i := 0; i < len(material); i += sectorSize {
-		c.decrypt(material[i:i+sectorSize], uint64(i/sectorSize))
-	}
+	c.decrypt(material, sectorSize, 0, 1)
 	return luksMerge(material[:n], s.key, s.hash)
 }
 

@@ -89,7 +89,7 @@ func TestXTS(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.decrypt(b, sector); !bytes.Equal(b, want) {
+		if c.decrypt(b, len(b), sector, 1); !bytes.Equal(b, want) {
 			t.Fatalf("%d bytes of sector %d differ", len(b), sector)
 		}
 	}

@@ -112,7 +112,9 @@ func (s *scan) look(f found) {
 			return
 		}
 	case "BitLocker":
-		v.Encryption, v.dev, v.Err = "BitLocker", nil, ErrLocked
+		if s.bitLocker(f, &v) {
+			return
+		}
 	}
 	s.add(v)
 }

@@ -76,6 +76,9 @@ func known(dev guest.Device, b []byte) string {
 	if _, _, err := findLabel(b); err == nil {
 		return "LVM2_member"
 	}
+	if isToGo(b) {
+		return "BitLocker"
+	}
 	for _, m := range magics {
 		if hasMagic(dev, b, m) {
 			return m.name

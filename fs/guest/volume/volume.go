@@ -30,7 +30,7 @@ type Volume struct {
 	// array's own name. Names are unique, and without "/" and NUL but for the one before a partition.
 	Name string
 	Kind string
-	// Encryption is "" for none, else its name; Device is what it hides, once it is open.
+	// Encryption is "" for none, else its name, and for BitLocker what opens it; Device is what it hides, once it is open.
 	Encryption string
 	UUID       string // of the encryption, "" for none: what Options.Unlock is asked for
 	Detail     string // for people
@@ -70,7 +70,8 @@ func (v *Volume) Map(off, n int64) ([]Piece, error) {
 
 // Options say how to look. The zero value is the default.
 type Options struct {
-	// Unlock gives the passphrases or keys to try for an encrypted volume. Nil for none.
+	// Unlock gives the passphrases or keys to try for an encrypted volume; for BitLocker, recovery passwords and the contents of .BEK files,
+	// too. Nil for none.
 	Unlock func(Locked) [][]byte
 	// KeyMemory bounds what making a key out of a passphrase may take, bytes; 0 is 1 GiB, the most that cryptsetup(8)
 	// makes by default.
@@ -82,7 +83,7 @@ type Options struct {
 // Locked is an encrypted volume that wants a key.
 type Locked struct {
 	Name  string // as Volume.Name
-	Type  string // crypto_LUKS
+	Type  string // crypto_LUKS, BitLocker
 	UUID  string
 	Label string
 }
