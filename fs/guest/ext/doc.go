@@ -4,7 +4,7 @@
 //	ino, err := f.Lookup(f.Root(), "etc")
 //
 // It knows every incompatible feature that Linux writes: extents and block maps, 64bit, meta_bg, flex_bg, bigalloc,
-// inline_data, ea_inode, large_dir, metadata_csum_seed, casefold (names are matched exactly), mmp; and refuses, by name, what it does not
+// inline_data, ea_inode, large_dir, metadata_csum_seed, casefold, mmp; and refuses, by name, what it does not
 // know. All metadata checksums are verified where they are read: what does not match is guest.ErrDamaged, and
 // everything else goes on being readable.
 //

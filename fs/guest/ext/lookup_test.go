@@ -73,11 +73,11 @@ func TestHashes(t *testing.T) {
 				t.Fatal(in, err)
 			}
 			for i := range 2000 {
-				if n, ok := f.lookupIndex(&in, oddName(i)); !ok || n.ino == 0 {
+				if n, ok := f.lookupIndex(&in, &sought{name: oddName(i)}); !ok || n.ino == 0 {
 					t.Fatalf("name %d is not where its hash says", i)
 				}
 			}
-			if n, ok := f.lookupIndex(&in, "none"); ok {
+			if n, ok := f.lookupIndex(&in, &sought{name: "none"}); ok {
 				t.Error(n)
 			}
 			if _, err := f.Lookup(d, "none"); !errors.Is(err, guest.ErrNotExist) || !f.sound.has(in.no) {
@@ -185,7 +185,7 @@ func TestCollisions(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, n := range names {
-		if _, ok := f.lookupIndex(&in, n); !ok {
+		if _, ok := f.lookupIndex(&in, &sought{name: n}); !ok {
 			t.Error(n, " is not where its hash says")
 		}
 	}
@@ -224,7 +224,7 @@ func TestWrongIndex(t *testing.T) {
 	}
 	lost := 0
 	for i := range 1500 {
-		if _, ok := f.lookupIndex(&in, oddName(i)); !ok {
+		if _, ok := f.lookupIndex(&in, &sought{name: oddName(i)}); !ok {
 			lost++
 		}
 		if _, err := f.Lookup(d, oddName(i)); err != nil {

@@ -35,7 +35,9 @@ func Main(m *testing.M) {
 //	guesttest burst DIR SEED N    Burst
 //	guesttest walk DIR            Walk, in JSON
 //	guesttest crash DIR           ends all writing to a file system, as if the machine stopped; its log has been written
-//	guesttest look DIR < NAMES    prints "INODE NAME" for each line, both quoted; the inode is 0 when the name is not there
+//	guesttest touch DIR < NAMES   makes empty files; the names are quoted, one in a line; prints those that were refused
+//	guesttest protect DIR         makes a directory "secret" that ext4 encrypts, and a file "verity" that it signs
+//	guesttest look DIR < NAMES    prints "INODE NAME" for each line, quoted; the inode is 0 when the name is not there
 //
 // It gives what the script left in /out as well: name => content.
 func Inside(t *testing.T, disks []string, script string, extra ...string) (text string, out map[string][]byte) {
@@ -113,8 +115,27 @@ func inside(what string, args []string) error {
 		return errors.Join(err, json.NewEncoder(os.Stdout).Encode(list))
 	case "crash":
 		return crash(args[0])
+	case "protect":
+		return protect(args[0])
+	case "touch":
+		return names(func(name string) error {
+			f, err := os.OpenFile(args[0]+"/"+name, os.O_CREATE|os.O_EXCL, 0o600)
+			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EEXIST) {
+				fmt.Println(strconv.QuoteToASCII(name))
+				return nil
+			}
+			return errors.Join(err, f.Close())
+		})
 	case "look":
-		return look(args[0])
+		return names(func(name string) error {
+			var st unix.Stat_t
+			err := unix.Lstat(args[0]+"/"+name, &st)
+			if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+				return fmt.Errorf("%q: %w", name, err)
+			}
+			fmt.Println(st.Ino, strconv.QuoteToASCII(name))
+			return nil
+		})
 	}
 	return errors.New("what?")
 }
@@ -130,23 +151,20 @@ func crash(dir string) error {
 	return unix.IoctlSetPointerInt(int(d.Fd()), goingDown, flushLog)
 }
 
-// look asks for the inodes of names.
-func look(dir string) error {
+// names calls fn for the names on standard input.
+func names(fn func(name string) error) error {
 	text, err := io.ReadAll(os.Stdin)
 	if err != nil {
 		return err
 	}
 	for line := range strings.Lines(string(text)) {
 		name, err := strconv.Unquote(strings.TrimSpace(line))
+		if err == nil {
+			err = fn(name)
+		}
 		if err != nil {
 			return err
 		}
-		var st unix.Stat_t
-		err = unix.Lstat(dir+"/"+name, &st)
-		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("%q: %w", name, err)
-		}
-		fmt.Println(st.Ino, strconv.QuoteToASCII(name))
 	}
 	return nil
 }
