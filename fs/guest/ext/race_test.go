@@ -19,6 +19,7 @@ func TestConcurrent(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		guesttest.Conform(t, f)
 		want, err := guesttest.WalkFS(f)
 		if err != nil {
 			t.Fatal(err)

@@ -142,4 +142,5 @@ func TestGolden(t *testing.T) {
 		t.Errorf("only %d lines", len(want))
 	}
 	guesttest.Same(t, want, withoutWOF(got))
+	guesttest.Conform(t, f)
 }

@@ -108,6 +108,7 @@ func TestLookupAll(t *testing.T) {
 			t.Errorf("%q is inode %d", name, ino)
 		}
 	}
+	guesttest.Conform(t, fs)
 	if paths < 200 {
 		t.Errorf("only %d paths", paths)
 	}

@@ -91,6 +91,9 @@ func TestClean(t *testing.T) {
 				t.Errorf("%+v", i)
 			}
 			same(t, fs, guesttest.Truth(t, image, "xfs", "nouuid"))
+			if v.name == "1 KiB blocks" {
+				guesttest.Conform(t, fs)
+			}
 		})
 	}
 }
