@@ -3,7 +3,6 @@ package btrfs
 import (
 	"bytes"
 	"cmp"
-	"io"
 	"math/rand/v2"
 	"os"
 	"testing"
@@ -13,21 +12,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-// memory is a device in memory.
-type memory []byte
-
-func (m memory) Size() int64 { return int64(len(m)) }
-
-func (m memory) ReadAt(p []byte, off int64) (int, error) {
-	if off < 0 || off >= int64(len(m)) {
-		return 0, io.EOF
-	}
-	n := copy(p, m[off:])
-	if n < len(p) {
-		return n, io.EOF
-	}
-	return n, nil
-}
+type memory = guesttest.Memory
 
 // hostile is a small image with a bit of all, and a log.
 func hostile(t *testing.T) memory {

@@ -52,8 +52,8 @@ func TestVersion4InGuest(t *testing.T) {
 			if i := dirty.Info(); !i.Replayed || len(i.Warnings) > 0 {
 				t.Errorf("%+v", i)
 			}
-			same(t, dirty, want)
-			same(t, open(t, images[2*i+1], guest.Options{}), want)
+			guesttest.SameFS(t, want, dirty)
+			guesttest.SameFS(t, want, open(t, images[2*i+1], guest.Options{}))
 			stale, err := guesttest.WalkFS(open(t, images[2*i], guest.Options{NoReplay: true}))
 			if err == nil && len(guesttest.Diff(want, stale)) == 0 {
 				t.Error("nothing was to be replayed")
