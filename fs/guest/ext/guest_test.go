@@ -57,6 +57,13 @@ func caseNames() (names, asked []string) {
 	return names, append(asked, "none", "strass", "nowher")
 }
 
+func everyNth(names []string, n int) (out []string) {
+	for i := 0; i < len(names); i += n {
+		out = append(out, names[i])
+	}
+	return out
+}
+
 func quoted(names []string) string {
 	var b strings.Builder
 	for _, n := range names {
@@ -105,6 +112,9 @@ func TestInGuest(t *testing.T) {
 	for i, mkfs := range [][]string{{"-b", "1024", "-E", "encoding=utf8"}, {"-b", "4096", "-E", "encoding=utf8,encoding_flags=strict"}} {
 		images = append(images, guesttest.Sparse(t, 64<<20))
 		guesttest.Run(t, slices.Concat([]string{"mkfs.ext4", "-q", "-F", "-O", "casefold", "-N", "16000"}, mkfs, []string{images[i]})...)
+		if i > 0 { // it takes a while in a machine that is emulated
+			names, asked = everyNth(names, 10), everyNth(asked, 10)
+		}
 		script += fmt.Sprintf(caseScript, fmt.Sprintf("/dev/vd%c", 'a'+i), i, quoted(names), quoted(asked))
 	}
 	protected := guesttest.Sparse(t, 64<<20)
@@ -128,8 +138,8 @@ func TestInGuest(t *testing.T) {
 		if !f.sound.has(in.no) {
 			t.Error("an index of the kernel's is not sound")
 		}
-		t.Logf("%d names, %d refused, %d asked for, %d not there", len(names), strings.Count(string(out[fmt.Sprint("refused", i)]), "\n"),
-			len(asked), strings.Count("\n"+said, "\n0 "))
+		t.Logf("%d refused, %d asked for, %d not there", strings.Count(string(out[fmt.Sprint("refused", i)]), "\n"), strings.Count(said, "\n"),
+			strings.Count("\n"+said, "\n0 "))
 	}
 }
 
