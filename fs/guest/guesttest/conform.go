@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 )
@@ -19,6 +20,7 @@ import (
 // are inodes that are not in use. What the file system holds is not looked at: Same does that.
 func Conform(t *testing.T, f guest.FS, none ...guest.Ino) {
 	t.Helper()
+	start := time.Now()
 	c := &conform{t: t, f: f}
 	c.collect(f.Root(), 0)
 	if len(c.order) < 10 || len(c.dirs) < 2 {
@@ -39,7 +41,7 @@ func Conform(t *testing.T, f guest.FS, none ...guest.Ino) {
 		})
 	}
 	all.Wait()
-	t.Logf("%d inodes, %d directories", len(c.order), len(c.dirs))
+	t.Logf("%d inodes, %d directories, %v", len(c.order), len(c.dirs), time.Since(start).Round(time.Millisecond))
 }
 
 // conform is a run of Conform.
