@@ -112,7 +112,7 @@ func TestVariants(t *testing.T) {
 			if w := f.Info().Warnings; len(w) > 0 {
 				t.Error(w)
 			}
-			if v.name == "inline" || v.name == "ext2" {
+			if !testing.Short() && (v.name == "inline" || v.name == "ext2") {
 				guesttest.Conform(t, f, 0, 9, 20000)
 			}
 			checkInfo(t, f, image)
