@@ -120,20 +120,20 @@ type Xattr struct {
 // does it, and not listed: no other file system takes it.
 func (x Xattr) Listed() bool { return !strings.HasPrefix(x.Name, "system.ntfs_") }
 
-// FS is a file system, read-only. All methods are safe for concurrent use.
+// FS is a file system, read-only. All methods are safe for concurrent use. An inode that is not in use is ErrNotExist for each of them; a number
+// that the format has no place for may be ErrDamaged instead.
 type FS interface {
 	Info() Info
 	Root() Ino
-	// Stat is ErrNotExist for an inode that is not in use.
 	Stat(ino Ino) (Stat, error)
-	// Lookup finds a name. ErrNotExist, ErrNotDir.
+	// Lookup finds a name, by the file system's own rule of which names are the same; "." and ".." are none. ErrNotExist, ErrNotDir.
 	Lookup(dir Ino, name string) (Ino, error)
 	// ReadDir lists a directory without "." and "..", from its beginning with 0 and from Entry.Next otherwise. An error
-	// ends the listing; what was yielded before it is good.
+	// ends the listing; what was yielded before it is good. ErrNotDir.
 	ReadDir(dir Ino, from uint64) iter.Seq2[Entry, error]
-	// Readlink gives the target of a symbolic link, as the guest has it.
+	// Readlink gives the target of a symbolic link, as the guest has it. It is an error for anything else.
 	Readlink(ino Ino) (string, error)
-	// Open gives the content of a regular file. It needs no closing.
+	// Open gives the content of a regular file. It needs no closing. It is an error for anything else.
 	Open(ino Ino) (File, error)
 	// Xattrs gives all extended attributes, in order of their names.
 	Xattrs(ino Ino) ([]Xattr, error)

@@ -46,6 +46,7 @@ func TestConcurrent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	guesttest.Conform(t, fs)
 	want, err := guesttest.WalkFS(fs)
 	if err != nil {
 		t.Fatal(err)

@@ -77,7 +77,7 @@ func TestFree(t *testing.T) {
 			junk(t, image, list)
 			got := truth(t, image)
 			guesttest.Same(t, want, got)
-			same(t, open(t, image, guest.Options{}), want)
+			guesttest.SameFS(t, want, open(t, image, guest.Options{}))
 			if i == 0 {
 				guesttest.Run(t, "btrfs", "check", "--check-data-csum", image)
 			}

@@ -163,7 +163,7 @@ func TestProfiles(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			same(t, fs, want)
+			guesttest.SameFS(t, want, fs)
 			if i := fs.Info(); len(i.Warnings) > 0 {
 				t.Errorf("%+v", i)
 			}
@@ -189,14 +189,14 @@ func TestProfiles(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				same(t, fs, want)
+				guesttest.SameFS(t, want, fs)
 			}
 			scratch(t, images[0])
 			if fs, err = openAll(t, images); err != nil && test.redundant {
 				t.Fatal(err)
 			}
 			if test.redundant {
-				same(t, fs, want)
+				guesttest.SameFS(t, want, fs)
 			}
 		})
 	}
@@ -253,7 +253,7 @@ func TestMirrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	fs := open(t, image, guest.Options{})
-	same(t, fs, want)
+	guesttest.SameFS(t, want, fs)
 	if w := fs.Info().Warnings; len(w) != 1 {
 		t.Error(w)
 	}

@@ -13,10 +13,11 @@ const maxXattrs = 64 << 20
 
 // Xattrs implements guest.FS.
 func (fs *FS) Xattrs(ino guest.Ino) ([]guest.Xattr, error) {
-	p, err := fs.place(ino)
-	if err != nil || p.empty {
+	n, err := fs.inode(ino)
+	if err != nil || n.p.empty {
 		return nil, err
 	}
+	p := n.p
 	var list []guest.Xattr
 	var bad error
 	size := 0

@@ -226,40 +226,47 @@ func legal(n []byte) bool {
 	return len(n) > 0 && bytes.IndexByte(n, '/') < 0 && bytes.IndexByte(n, 0) < 0
 }
 
-// Lookup implements guest.FS. A name that the index does not lead to is looked for everywhere, for an index may be wrong; once for each
-// directory, because then it is known whether it is.
+// Lookup implements guest.FS. Where a directory ignores case, so does it, as Linux.
 func (f *FS) Lookup(dir guest.Ino, want string) (guest.Ino, error) {
+	n, err := f.lookup(dir, want)
+	return guest.Ino(n.ino), err
+}
+
+// lookup finds a name. One that the index does not lead to is looked for everywhere, for an index may be wrong; once for each
+// directory, because then it is known whether it is.
+func (f *FS) lookup(dir guest.Ino, want string) (name, error) {
 	in, err := f.dir(dir)
 	if err != nil {
-		return 0, err
+		return name{}, err
 	}
-	if ino, ok := f.fast.lookup(in.no, want); ok {
-		return guest.Ino(ino), nil
+	s := f.sought(&in, want)
+	if n, ok := f.fast.lookup(in.no, &s); ok {
+		return n, nil
 	}
-	if n, ok := f.lookupIndex(&in, want); ok && !f.fast.removed(in.no, n) {
-		return guest.Ino(n.ino), nil
+	if n, ok := f.lookupIndex(&in, &s); ok && !f.fast.removed(in.no, n) {
+		return n, nil
 	}
 	const longest = 255 // bytes: the length of a name has 8 bits
 	missing := fmt.Errorf("%q in inode %d: %w", want, dir, guest.ErrNotExist)
 	if len(want) > longest || f.sound.has(in.no) {
-		return 0, missing
+		return name{}, missing
 	}
 	check := f.newIndexCheck(&in)
-	ino := uint32(0)
+	var found name
 	err = f.names(&in, 0, nil, func(n name, _ error) bool {
-		if string(n.bytes) == want {
-			ino = n.ino
+		if s.is(n.bytes) {
+			found = n
 		}
 		check.see(n)
-		return ino == 0
+		return found.ino == 0
 	})
 	switch {
-	case ino != 0:
-		return guest.Ino(ino), nil
+	case found.ino != 0:
+		return found, nil
 	case err != nil:
-		return 0, err
+		return name{}, err
 	case check.sound():
 		f.sound.add(in.no)
 	}
-	return 0, missing
+	return name{}, missing
 }

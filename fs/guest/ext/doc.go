@@ -4,9 +4,9 @@
 //	ino, err := f.Lookup(f.Root(), "etc")
 //
 // It knows every incompatible feature that Linux writes: extents and block maps, 64bit, meta_bg, flex_bg, bigalloc,
-// inline_data, ea_inode, large_dir, metadata_csum_seed, casefold (names are matched exactly), mmp; and refuses, by name, what it does not
-// know. All metadata checksums are verified where they are read: what does not match is guest.ErrDamaged, and
-// everything else goes on being readable.
+// inline_data, ea_inode, large_dir, metadata_csum_seed, casefold, mmp; and refuses, by name, what it does not
+// know. A directory that ignores case finds names as Linux does. All metadata checksums are verified where they are read: what does not
+// match is guest.ErrDamaged, and everything else goes on being readable.
 //
 // A journal that holds changes is replayed into memory, with revoked blocks, escaped blocks and all three kinds of
 // checksums, up to the last transaction that is whole, and fast commits behind it. What could not be replayed is a

@@ -92,11 +92,7 @@ func (v variant) make(t *testing.T) string {
 
 func open(t testing.TB, image string, opt guest.Options) *FS {
 	t.Helper()
-	f, err := Open(guesttest.OpenDevice(t, image), opt)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return f
+	return guesttest.Open(t, Open, image, opt)
 }
 
 func TestVariants(t *testing.T) {
@@ -112,13 +108,12 @@ func TestVariants(t *testing.T) {
 			image := v.make(t)
 			want := guesttest.Truth(t, image, v.fstype(), "")
 			f := open(t, image, guest.Options{})
-			got, err := guesttest.WalkFS(f)
-			if err != nil {
-				t.Fatal(err)
-			}
-			guesttest.Same(t, want, got)
+			guesttest.SameFS(t, want, f)
 			if w := f.Info().Warnings; len(w) > 0 {
 				t.Error(w)
+			}
+			if !testing.Short() && (v.name == "inline" || v.name == "ext2") {
+				guesttest.Conform(t, f, 0, 9, 20000)
 			}
 			checkInfo(t, f, image)
 			checkFree(t, f, image)

@@ -291,22 +291,23 @@ func (c *fastCommits) unlink(dir, no uint32, n []byte) error {
 	if err != nil {
 		return err
 	}
-	found, err := c.f.Lookup(guest.Ino(dir), string(n))
+	found, err := c.f.lookup(guest.Ino(dir), string(n))
 	if err != nil && !errors.Is(err, guest.ErrNotExist) {
 		return err
 	}
 	if links := le.Uint16(i.raw[0x1a:]); links > 0 {
 		le.PutUint16(i.raw[0x1a:], links-1)
 	}
-	if err != nil || found != guest.Ino(no) {
+	if err != nil || found.ino != no {
 		return nil // the name is another inode's by now
 	}
 	d := c.dir(dir)
-	if k, ok := d.at[string(n)]; ok {
+	stored := string(found.bytes)
+	if k, ok := d.at[stored]; ok {
 		d.new[k].bytes = nil
-		delete(d.at, string(n))
+		delete(d.at, stored)
 		return nil
 	}
-	d.gone[string(n)] = true
+	d.gone[stored] = true
 	return nil
 }

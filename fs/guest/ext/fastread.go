@@ -47,14 +47,21 @@ func (c *fastCommits) added(dir uint32, from int64, fn func(name) bool) {
 }
 
 // lookup finds a name that is not on the disk.
-func (c *fastCommits) lookup(dir uint32, want string) (uint32, bool) {
+func (c *fastCommits) lookup(dir uint32, want *sought) (found name, ok bool) {
 	d := c.changes(dir)
 	if d == nil {
-		return 0, false
+		return name{}, false
 	}
-	i, ok := d.at[want]
-	if !ok {
-		return 0, false
+	if i, ok := d.at[want.name]; ok {
+		return d.new[i], true
 	}
-	return d.new[i].ino, true
+	if want.folds {
+		c.added(dir, 0, func(n name) bool {
+			if want.is(n.bytes) {
+				found, ok = n, true
+			}
+			return !ok
+		})
+	}
+	return found, ok
 }

@@ -11,12 +11,11 @@ import (
 
 // Free implements guest.Freer, from the bitmaps of blocks, each of which has to match its checksum and its group's count.
 func (f *FS) Free() iter.Seq2[extent.Extent, error] {
-	return func(yield func(extent.Extent, error) bool) {
+	return extent.Coarsen(func(yield func(extent.Extent, error) bool) {
 		if err := f.certain(); err != nil {
 			yield(extent.Extent{}, err)
 			return
 		}
-		var last extent.Extent // not yielded yet: it may go on in the next group
 		for group := range f.groups {
 			bitmap, err := f.bitmap(group)
 			if err != nil {
@@ -24,20 +23,12 @@ func (f *FS) Free() iter.Seq2[extent.Extent, error] {
 				return
 			}
 			for e := range f.freeOf(group, bitmap) {
-				if last.End() == e.Off {
-					last.Len += e.Len
-					continue
-				}
-				if !last.Empty() && !yield(last, nil) {
+				if !yield(e, nil) {
 					return
 				}
-				last = e
 			}
 		}
-		if !last.Empty() {
-			yield(last, nil)
-		}
-	}
+	}, 1, f.blocks*f.blockSize)
 }
 
 // certain gives why blocks in use cannot be told from free ones, or from those with several owners.

@@ -63,21 +63,21 @@ func (f *FS) openIndex(in *inode) (x indexed, ok bool) {
 
 // hash hashes a name as a directory does; ok is false when that is not known.
 func (f *FS) hash(in *inode, kind int, n string) (sum uint32, ok bool) {
-	if in.flags&flagCasefold != 0 {
-		if n, ok = foldASCII(n); !ok {
-			return 0, false
+	if f.ignoresCase(in) {
+		if folded, ok := foldName(n); ok {
+			n = folded
 		}
 	}
 	return hashName(kind, f.hashSeed, n)
 }
 
 // lookupIndex looks for a name where the index says that it is. Whatever is wrong with the index, it is only not found.
-func (f *FS) lookupIndex(in *inode, want string) (found name, ok bool) {
+func (f *FS) lookupIndex(in *inode, want *sought) (found name, ok bool) {
 	x, ok := f.openIndex(in)
 	if !ok {
 		return name{}, false
 	}
-	hash, ok := f.hash(in, x.kind, want)
+	hash, ok := f.hash(in, x.kind, want.name)
 	if !ok {
 		return name{}, false
 	}
@@ -104,14 +104,14 @@ func (f *FS) fill(in *inode, path []index, block int64, hash uint32) bool {
 }
 
 // searchLeaves looks for a name in the leaf that path leads to, and in those behind it that go on with the same hash.
-func (f *FS) searchLeaves(in *inode, path []index, hash uint32, want string) (found name, ok bool) {
+func (f *FS) searchLeaves(in *inode, path []index, hash uint32, want *sought) (found name, ok bool) {
 	for left := in.size / f.blockSize; left > 0; left-- {
 		b, err := f.fileBlock(in, path[len(path)-1].block())
 		if err != nil {
 			return name{}, false
 		}
 		f.blockEntries(in, b, 0, 0, func(n name) bool {
-			if string(n.bytes) == want {
+			if want.is(n.bytes) {
 				found, ok = n, true
 			}
 			return !ok
@@ -149,18 +149,4 @@ func (f *FS) fileBlock(in *inode, at int64) ([]byte, error) {
 		return nil, guest.Damaged("inode %d: no block %d in the directory", in.no, at)
 	}
 	return f.dirBlock(in, r.phys)
-}
-
-// foldASCII makes a name what a directory that ignores case hashes, which this package knows for ASCII only.
-func foldASCII(n string) (string, bool) {
-	b := []byte(n)
-	for i, c := range b {
-		if c >= 0x80 {
-			return "", false
-		}
-		if 'A' <= c && c <= 'Z' {
-			b[i] += 'a' - 'A'
-		}
-	}
-	return string(b), true
 }

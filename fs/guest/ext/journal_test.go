@@ -66,11 +66,7 @@ func TestDirty(t *testing.T) {
 			image := d.make(t, func(dir string) error { return guesttest.Burst(dir, 5, d.steps) })
 			want := guesttest.Truth(t, image, "ext4", "")
 			f := open(t, image, guest.Options{})
-			got, err := guesttest.WalkFS(f)
-			if err != nil {
-				t.Fatal(err)
-			}
-			guesttest.Same(t, want, got)
+			guesttest.SameFS(t, want, f)
 			if i := f.Info(); len(i.Warnings) > 0 || !i.Replayed {
 				t.Error(i)
 			}
@@ -108,11 +104,7 @@ func TestOrphans(t *testing.T) {
 
 		want := guesttest.Truth(t, copied, "ext4", "")
 		f := open(t, copied, guest.Options{})
-		got, err := guesttest.WalkFS(f)
-		if err != nil {
-			t.Fatal(err)
-		}
-		guesttest.Same(t, want, got)
+		guesttest.SameFS(t, want, f)
 		replayed := guesttest.Copy(t, copied)
 		_, unmount = guesttest.Mount(t, replayed, "ext4", "rw")
 		unmount()

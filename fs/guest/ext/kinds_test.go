@@ -107,7 +107,7 @@ func TestCasefold(t *testing.T) {
 	}
 	for i := range 300 {
 		n := fmt.Sprintf("a Name of Some Length, number %d", i)
-		if _, ok := f.lookupIndex(&in, n); !ok {
+		if _, ok := f.lookupIndex(&in, &sought{name: n}); !ok {
 			t.Fatal(n, " is not where its hash says")
 		}
 		if _, err := f.Lookup(d, n); err != nil {

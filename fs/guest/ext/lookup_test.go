@@ -5,24 +5,11 @@ import (
 	"fmt"
 	"os"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
-
-// counting counts what is read of a device.
-type counting struct {
-	guest.Device
-	reads, bytes atomic.Int64
-}
-
-func (c *counting) ReadAt(p []byte, off int64) (int, error) {
-	c.reads.Add(1)
-	c.bytes.Add(int64(len(p)))
-	return c.Device.ReadAt(p, off)
-}
 
 // oddName makes names of all lengths, some of whose bytes are above 127.
 func oddName(i int) string {
@@ -73,11 +60,11 @@ func TestHashes(t *testing.T) {
 				t.Fatal(in, err)
 			}
 			for i := range 2000 {
-				if n, ok := f.lookupIndex(&in, oddName(i)); !ok || n.ino == 0 {
+				if n, ok := f.lookupIndex(&in, &sought{name: oddName(i)}); !ok || n.ino == 0 {
 					t.Fatalf("name %d is not where its hash says", i)
 				}
 			}
-			if n, ok := f.lookupIndex(&in, "none"); ok {
+			if n, ok := f.lookupIndex(&in, &sought{name: "none"}); ok {
 				t.Error(n)
 			}
 			if _, err := f.Lookup(d, "none"); !errors.Is(err, guest.ErrNotExist) || !f.sound.has(in.no) {
@@ -94,7 +81,7 @@ func TestLargeDirectory(t *testing.T) {
 		count = 5000
 	}
 	image := namesImage(t, count, []string{"-O", "large_dir"})
-	dev := &counting{Device: guesttest.OpenDevice(t, image)}
+	dev := &guesttest.Counted{Device: guesttest.OpenDevice(t, image)}
 	f, err := Open(dev, guest.Options{Cache: 256 << 10})
 	if err != nil {
 		t.Fatal(err)
@@ -103,26 +90,26 @@ func TestLargeDirectory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := dev.reads.Load(); n > 10 {
+	if n := dev.Reads.Load(); n > 10 {
 		t.Errorf("%d reads to open", n)
 	}
-	before := dev.reads.Load()
+	before := dev.Reads.Load()
 	for i := 0; i < count; i += count / 500 {
 		if _, err := f.Lookup(d, oddName(i)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	n := dev.reads.Load() - before
+	n := dev.Reads.Load() - before
 	t.Logf("%d reads for 500 names", n)
 	if n > 500*6 {
 		t.Errorf("%d reads for 500 names", n)
 	}
 	for i := range 100 {
-		before := dev.reads.Load()
+		before := dev.Reads.Load()
 		if _, err := f.Lookup(d, fmt.Sprint("none ", i)); !errors.Is(err, guest.ErrNotExist) {
 			t.Error(err)
 		}
-		if n := dev.reads.Load() - before; i > 0 && n > 6 {
+		if n := dev.Reads.Load() - before; i > 0 && n > 6 {
 			t.Errorf("%d reads for a name that is not there", n)
 		}
 	}
@@ -185,7 +172,7 @@ func TestCollisions(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, n := range names {
-		if _, ok := f.lookupIndex(&in, n); !ok {
+		if _, ok := f.lookupIndex(&in, &sought{name: n}); !ok {
 			t.Error(n, " is not where its hash says")
 		}
 	}
@@ -224,7 +211,7 @@ func TestWrongIndex(t *testing.T) {
 	}
 	lost := 0
 	for i := range 1500 {
-		if _, ok := f.lookupIndex(&in, oddName(i)); !ok {
+		if _, ok := f.lookupIndex(&in, &sought{name: oddName(i)}); !ok {
 			lost++
 		}
 		if _, err := f.Lookup(d, oddName(i)); err != nil {

@@ -15,10 +15,11 @@ import (
 // TestConcurrent reads one file system in many goroutines, with hardly any cache, and compares with what one reads alone.
 func TestConcurrent(t *testing.T) {
 	for name, image := range seeds(t) {
-		f, err := Open(newMemory(image), guest.Options{Cache: 8 << 10})
+		f, err := Open(guesttest.Memory(image), guest.Options{Cache: 8 << 10})
 		if err != nil {
 			t.Fatal(err)
 		}
+		guesttest.Conform(t, f)
 		want, err := guesttest.WalkFS(f)
 		if err != nil {
 			t.Fatal(err)
@@ -64,7 +65,7 @@ func TestConcurrent(t *testing.T) {
 // TestWindows reads files in pieces of odd sizes, and makes sure that what is said to be allocated covers all that is not zero.
 func TestWindows(t *testing.T) {
 	for name, image := range seeds(t) {
-		f, err := Open(newMemory(image), bounds)
+		f, err := Open(guesttest.Memory(image), bounds)
 		if err != nil {
 			t.Fatal(err)
 		}

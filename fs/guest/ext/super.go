@@ -92,6 +92,7 @@ type super struct {
 	seed                 uint32 // of all metadata's checksums
 	hashSeed             [4]uint32
 	hashUnsigned         bool
+	encoding             uint16 // of names
 	journalIno           uint32
 	journalBackup        []byte // i_block and size of the journal's inode; nil when there is no copy
 }
@@ -130,6 +131,7 @@ func (s *super) dynamic(b []byte) {
 	for i := range s.hashSeed {
 		s.hashSeed[i] = le.Uint32(b[0xec+4*i:])
 	}
+	s.encoding = le.Uint16(b[0x27c:])
 	s.hashUnsigned = le.Uint32(b[0x160:])&2 != 0
 	s.firstMetaBG = int64(le.Uint32(b[0x104:]))
 	s.backups = [2]uint32{le.Uint32(b[0x24c:]), le.Uint32(b[0x250:])}

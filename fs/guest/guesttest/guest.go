@@ -23,6 +23,12 @@ const guestTime = 8 * time.Minute
 // It is for what the host's kernel cannot do: device-mapper, md, old formats. It skips the test unless all tests are asked for.
 func Guest(t *testing.T, disks []string, script string, extra ...string) string {
 	t.Helper()
+	return boot(t, disks, script, nil, extra)
+}
+
+// boot is Guest; programs are further ones, by the names that they have in the guest.
+func boot(t *testing.T, disks []string, script string, programs map[string]string, extra []string) string {
+	t.Helper()
 	if os.Getenv("HOLDFAST_TEST_ALL") == "" {
 		t.Skip("boots a guest, which takes a minute; HOLDFAST_TEST_ALL asks for it")
 	}
@@ -30,7 +36,7 @@ func Guest(t *testing.T, disks []string, script string, extra ...string) string 
 	kernel, modules := guestKernel(t)
 	dir := t.TempDir()
 	initramfs := filepath.Join(dir, "initramfs")
-	if err := os.WriteFile(initramfs, guestFiles(t, modules, script, extra), 0o600); err != nil {
+	if err := os.WriteFile(initramfs, guestFiles(t, modules, script, programs, extra), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	out := filepath.Join(dir, "out")
@@ -38,7 +44,7 @@ func Guest(t *testing.T, disks []string, script string, extra ...string) string 
 		"-kernel", kernel, "-initrd", initramfs, "-append", "console=ttyS0 quiet panic=-1",
 		"-serial", "stdio", "-serial", "file:" + out}
 	for i, disk := range disks {
-		args = append(args, "-drive", fmt.Sprintf("file=%s,if=none,id=d%d,format=raw,cache=unsafe,discard=unmap", disk, i),
+		args = append(args, "-drive", fmt.Sprintf("file=%s,if=none,id=d%d,format=raw,cache=unsafe,discard=unmap,detect-zeroes=unmap", disk, i),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=d%d", i))
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), guestTime)
@@ -100,7 +106,7 @@ func guestKernel(t *testing.T) (kernel, modules string) {
 var guestModules = strings.Fields(`virtio_pci virtio_blk virtio_console loop
 	dm-mod dm-raid dm-mirror dm-snapshot dm-thin-pool dm-cache dm-cache-smq dm-crypt dm-zero dm-writecache dm-integrity dm-log
 	linear raid0 raid1 raid10 raid456
-	crc32c_generic crc32c-intel xts ecb cbc essiv aesni-intel algif_skcipher algif_hash sha256_generic sha256-ssse3 sha512_generic serpent_generic twofish_generic
+	crc32c_generic crc32c-intel xts ecb cbc cts essiv aesni-intel algif_skcipher algif_hash sha256_generic sha256-ssse3 sha512_generic serpent_generic twofish_generic
 	ext4 xfs btrfs vfat nls_cp437 nls_iso8859-1 nls_ascii nls_utf8 exfat`)
 
 // guestInit is what the kernel starts. The script's own output goes to the second serial port, where nothing else writes.
@@ -120,7 +126,7 @@ poweroff -f
 `
 
 // guestFiles makes the archive that the kernel unpacks into its root.
-func guestFiles(t *testing.T, modules, script string, extra []string) []byte {
+func guestFiles(t *testing.T, modules, script string, programs map[string]string, extra []string) []byte {
 	t.Helper()
 	a := &archive{seen: map[string]bool{}}
 	for _, dir := range []string{"bin", "sbin", "usr", "usr/bin", "usr/sbin", "dev", "proc", "sys", "etc", "modules", "etc/lvm"} {
@@ -139,6 +145,9 @@ func guestFiles(t *testing.T, modules, script string, extra []string) []byte {
 			t.Fatal(err)
 		}
 		a.program(t, path, "bin/"+program)
+	}
+	for name, path := range programs {
+		a.program(t, path, "bin/"+name)
 	}
 	// What glibc opens when a thread ends.
 	if found, _ := filepath.Glob("/lib/*/libgcc_s.so.1"); len(found) > 0 {

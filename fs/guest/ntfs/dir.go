@@ -25,7 +25,10 @@ const (
 //	0x40  length, UTF-16 units (1)   0x41  name space (1): 0 POSIX, 1 Windows, 2 DOS, 3 both   0x42  the name
 type fileName []byte
 
-const dosName = 2
+const (
+	dosName  = 2
+	bothName = 3
+)
 
 func (n fileName) ok() bool       { return len(n) >= 0x42 && len(n) >= 0x42+2*int(n[0x40]) }
 func (n fileName) units() []byte  { return n[0x42 : 0x42+2*int(n[0x40])] }

@@ -33,13 +33,18 @@ func (f file) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("ntfs: read at %d", off)
 	}
+	if off >= a.size && len(p) > 0 {
+		return 0, io.EOF
+	}
 	n := int(max(0, min(int64(len(p)), a.size-off)))
 	// What lies behind the valid length is zeros, whatever is on the disk.
 	valid := int(max(0, min(int64(n), a.valid-off)))
 	var err error
-	if a.unit > 0 {
+	switch {
+	case valid == 0:
+	case a.unit > 0:
 		err = f.s.readUnits(p[:valid], off)
-	} else {
+	default:
 		err = f.s.read(p[:valid], off)
 	}
 	if err != nil {

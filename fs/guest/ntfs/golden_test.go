@@ -2,13 +2,11 @@ package ntfs
 
 import (
 	"bytes"
-	"compress/gzip"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
 	"flag"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -35,12 +33,7 @@ func TestMakeGolden(t *testing.T) {
 	truth, err := json.Marshal(withoutWOF(guesttest.TruthNTFS(t, image, "")))
 	must(t, err)
 	for name, b := range map[string][]byte{"tiny.img.gz": disk, "tiny.json.gz": truth} {
-		var out bytes.Buffer
-		w, _ := gzip.NewWriterLevel(&out, gzip.BestCompression)
-		w.Write(b)
-		must(t, w.Close())
-		must(t, os.MkdirAll("testdata", 0o755))
-		must(t, os.WriteFile("testdata/"+name, out.Bytes(), 0o644))
+		guesttest.Zip(t, "testdata/"+name, b)
 	}
 }
 
@@ -99,20 +92,7 @@ func tiny(t *testing.T) (image string) {
 	return image
 }
 
-func unpacked(name string) ([]byte, error) {
-	f, err := os.Open("testdata/" + name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	r, err := gzip.NewReader(f)
-	if err != nil {
-		return nil, err
-	}
-	return io.ReadAll(r)
-}
-
-var golden = sync.OnceValues(func() ([]byte, error) { return unpacked("tiny.img.gz") })
+var golden = sync.OnceValues(func() ([]byte, error) { return guesttest.Unzip("testdata/tiny.img.gz") })
 
 // goldenDisk is a copy of the volume.
 func goldenDisk(t testing.TB) memory {
@@ -125,7 +105,7 @@ func goldenDisk(t testing.TB) memory {
 }
 
 func TestGolden(t *testing.T) {
-	b, err := unpacked("tiny.json.gz")
+	b, err := guesttest.Unzip("testdata/tiny.json.gz")
 	must(t, err)
 	var want []guesttest.Line
 	must(t, json.Unmarshal(b, &want))
@@ -142,4 +122,5 @@ func TestGolden(t *testing.T) {
 		t.Errorf("only %d lines", len(want))
 	}
 	guesttest.Same(t, want, withoutWOF(got))
+	guesttest.Conform(t, f)
 }

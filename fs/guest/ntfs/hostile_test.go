@@ -13,13 +13,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-// memory is a disk in memory.
-type memory []byte
-
-func (m memory) Size() int64 { return int64(len(m)) }
-func (m memory) ReadAt(p []byte, off int64) (int, error) {
-	return bytes.NewReader(m).ReadAt(p, off)
-}
+type memory = guesttest.Memory
 
 // mutate changes some bytes of a disk where there are any, and gives what puts them back.
 func mutate(m memory, used []int, rng *rand.Rand) (restore func()) {

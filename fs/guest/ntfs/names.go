@@ -93,6 +93,15 @@ func (u upcase) of(c uint16) uint16 {
 	return c
 }
 
+// upper is a name in upper case.
+func (u upcase) upper(name []byte) []byte {
+	out := make([]byte, 0, len(name))
+	for ; len(name) > 1; name = name[2:] {
+		out = le.AppendUint16(out, u.of(le.Uint16(name)))
+	}
+	return out
+}
+
 // compare orders names as directories do: by their upper case, and those alike in it by their units.
 func (u upcase) compare(a, b []byte) int {
 	if c := u.fold(a, b); c != 0 {

@@ -11,11 +11,7 @@ import (
 
 func open(t testing.TB, image string) *FS {
 	t.Helper()
-	f, err := Open(guesttest.OpenDevice(t, image), guest.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return f
+	return guesttest.Open(t, Open, image, guest.Options{})
 }
 
 // volume makes a volume by mkntfs.

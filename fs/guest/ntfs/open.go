@@ -13,18 +13,22 @@ func (f *FS) Open(ino guest.Ino) (guest.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if i.dir {
-		return nil, errors.New("ntfs: a directory has no content")
-	}
-	tag, data, err := f.reparse(i)
-	if err != nil {
+	n, err := f.nature(i)
+	switch {
+	case err != nil:
 		return nil, err
+	case n.mode != guest.ModeRegular:
+		return nil, errors.New("ntfs: no regular file")
 	}
 	a := i.find(attrData, "")
-	if tag == tagWOF {
+	if n.tag == tagWOF {
+		_, data, err := f.reparse(i)
+		if err != nil {
+			return nil, err
+		}
 		return f.openWOF(i, a, data)
 	}
-	if err := elsewhere(i, tag, a); err != nil {
+	if err := elsewhere(i, n.tag, a); err != nil {
 		return nil, err
 	}
 	if a == nil {

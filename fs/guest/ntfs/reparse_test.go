@@ -173,6 +173,8 @@ func TestWSL(t *testing.T) {
 	must(t, unix.Setxattr(dir+"/file", "system.ntfs_ea", ea, 0))
 	must(t, os.WriteFile(dir+"/short", []byte("x"), 0o644))
 	must(t, unix.Setxattr(dir+"/short", "system.ntfs_dos_name", []byte("SHO~1"), 0))
+	must(t, os.WriteFile(dir+"/either.txt", nil, 0o600)) // which becomes one name for both, as Windows does it
+	must(t, unix.Setxattr(dir+"/either.txt", "system.ntfs_dos_name", []byte("EITHER.TXT"), 0))
 	unmount()
 	// Owner and mode: those of WSL, which ntfs-3g does not look at.
 	same(t, image, "", "mode", "uid", "gid")

@@ -36,7 +36,11 @@ func TestVariants(t *testing.T) {
 			if testing.Short() && len(v.ignore) == 0 && !strings.HasPrefix(name, "compressed") {
 				t.Skip("takes seconds")
 			}
-			same(t, filled(t, tree, size, v.mount, v.mkfs...), "", v.ignore...)
+			image := filled(t, tree, size, v.mount, v.mkfs...)
+			same(t, image, "", v.ignore...)
+			if !testing.Short() && v.mount == "compression" {
+				guesttest.Conform(t, open(t, image))
+			}
 		})
 	}
 }

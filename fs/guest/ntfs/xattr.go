@@ -69,11 +69,15 @@ func (f *FS) attributeXattrs(i *inode, add func(string, []byte)) error {
 		add(x.name, value)
 	}
 	return f.names(i, func(n fileName) bool {
-		if n.space() == dosName {
+		switch {
+		case n.space() == dosName:
 			add("system.ntfs_dos_name", []byte(text(n.units())))
-			return false
+		case n.space() == bothName && i.number != recordRoot: // a short name but for its case
+			add("system.ntfs_dos_name", []byte(text(f.upcase.upper(n.units()))))
+		default:
+			return true
 		}
-		return true
+		return false
 	})
 }
 

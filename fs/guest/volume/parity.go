@@ -196,7 +196,7 @@ func (p *parity) compute(b []byte, r row, want int, off int64) error {
 	hasP, hasQ := p.legs[r.p].has(off, n), r.q >= 0 && p.legs[r.q].has(off, n)
 	switch {
 	case lost < 0 && hasP:
-		return p.sum(b, r, want, -1, off)
+		return p.sum(b, r, r.p, want, -1, off)
 	case lost < 0 && hasQ:
 		return p.fromQ(b, r, want, off)
 	case lost >= 0 && hasP && hasQ:
@@ -205,9 +205,9 @@ func (p *parity) compute(b []byte, r row, want int, off int64) error {
 	return guest.Damaged("more members are missing than parity makes up for")
 }
 
-// sum fills b with P and all data but that of two members.
-func (p *parity) sum(b []byte, r row, not, nor int, off int64) error {
-	if err := guest.ReadFull(p.legs[r.p].dev, b, off); err != nil {
+// sum fills b with P and all data but that of two members; or with Q, and each member's data times its power of the generator.
+func (p *parity) sum(b []byte, r row, parity, not, nor int, off int64) error {
+	if err := guest.ReadFull(p.legs[parity].dev, b, off); err != nil {
 		return err
 	}
 	other := make([]byte, len(b))
@@ -218,23 +218,9 @@ func (p *parity) sum(b []byte, r row, not, nor int, off int64) error {
 		if err := guest.ReadFull(p.legs[member].dev, other, off); err != nil {
 			return err
 		}
-		subtle.XORBytes(b, b, other)
-	}
-	return nil
-}
-
-// sumQ fills b with Q and all data, each times its power of the generator, but that of two members.
-func (p *parity) sumQ(b []byte, r row, not, nor int, off int64) error {
-	if err := guest.ReadFull(p.legs[r.q].dev, b, off); err != nil {
-		return err
-	}
-	other := make([]byte, len(b))
-	for _, member := range r.at {
-		if member == not || member == nor {
+		if parity == r.p {
+			subtle.XORBytes(b, b, other)
 			continue
-		}
-		if err := guest.ReadFull(p.legs[member].dev, other, off); err != nil {
-			return err
 		}
 		t := gfTable(gfPower(r.power(member)))
 		for i, c := range other {
@@ -246,7 +232,7 @@ func (p *parity) sumQ(b []byte, r row, not, nor int, off int64) error {
 
 // fromQ computes one member of data with P gone: D = (Q + Qx) · g⁻ˣ ("The mathematics of RAID-6" §4).
 func (p *parity) fromQ(b []byte, r row, want int, off int64) error {
-	if err := p.sumQ(b, r, want, -1, off); err != nil {
+	if err := p.sum(b, r, r.q, want, -1, off); err != nil {
 		return err
 	}
 	t := gfTable(gfInverse(gfPower(r.power(want))))
@@ -259,11 +245,11 @@ func (p *parity) fromQ(b []byte, r row, want int, off int64) error {
 // fromBoth computes one of two lost members of data: Dx = A·(P + Pxy) + B·(Q + Qxy), A = gʸ⁻ˣ · (gʸ⁻ˣ + 1)⁻¹,
 // B = g⁻ˣ · (gʸ⁻ˣ + 1)⁻¹ (the same, §4).
 func (p *parity) fromBoth(b []byte, r row, want, lost int, off int64) error {
-	if err := p.sum(b, r, want, lost, off); err != nil {
+	if err := p.sum(b, r, r.p, want, lost, off); err != nil {
 		return err
 	}
 	q := make([]byte, len(b))
-	if err := p.sumQ(q, r, want, lost, off); err != nil {
+	if err := p.sum(q, r, r.q, want, lost, off); err != nil {
 		return err
 	}
 	gx, gy := gfPower(r.power(want)), gfPower(r.power(lost))

@@ -14,12 +14,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-// memory is a disk in memory.
-type memory []byte
-
-func (m memory) Size() int64 { return int64(len(m)) }
-
-func (m memory) ReadAt(p []byte, off int64) (int, error) { return bytes.NewReader(m).ReadAt(p, off) }
+type memory = guesttest.Memory
 
 // scanImages scans image files as disk0, disk1 ….
 func scanImages(t *testing.T, opt Options, images ...string) (map[string]Volume, []string) {

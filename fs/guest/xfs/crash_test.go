@@ -47,7 +47,7 @@ func TestCrash(t *testing.T) {
 			if w := fs.Info().Warnings; len(w) > 0 {
 				t.Error(w)
 			}
-			same(t, fs, guesttest.Truth(t, image, "xfs", "nouuid"))
+			guesttest.SameFS(t, guesttest.Truth(t, image, "xfs", "nouuid"), fs)
 		})
 	}
 }

@@ -118,7 +118,7 @@ func TestFreeOfDirty(t *testing.T) {
 	if total < 300<<20 {
 		t.Errorf("only %d bytes are free", total)
 	}
-	same(t, fs, want)
+	guesttest.SameFS(t, want, fs)
 	guesttest.Same(t, want, guesttest.Truth(t, image, "xfs", "nouuid"))
 	_, off := guesttest.Mount(t, image, "xfs", "nouuid")
 	off()
@@ -138,7 +138,7 @@ func TestShared(t *testing.T) {
 	}
 	unmount()
 	fs := open(t, image, guest.Options{})
-	same(t, fs, guesttest.Truth(t, image, "xfs", "nouuid"))
+	guesttest.SameFS(t, guesttest.Truth(t, image, "xfs", "nouuid"), fs)
 	refused := 0
 	for n := range 6 {
 		ino, err := guesttest.Find(fs, fmt.Sprint("churn/shared ", n))

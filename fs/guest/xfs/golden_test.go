@@ -2,7 +2,6 @@ package xfs
 
 import (
 	"bytes"
-	"compress/gzip"
 	"encoding/json"
 	"flag"
 	"io"
@@ -44,32 +43,8 @@ func TestMakeGolden(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, b := range map[string][]byte{"dirty.img.gz": raw, "dirty.json.gz": lines} {
-		var out bytes.Buffer
-		z, _ := gzip.NewWriterLevel(&out, gzip.BestCompression)
-		z.Write(b)
-		z.Close()
-		if err := os.WriteFile("testdata/"+name, out.Bytes(), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		guesttest.Zip(t, "testdata/"+name, b)
 	}
-}
-
-func unzip(t testing.TB, name string) []byte {
-	t.Helper()
-	f, err := os.Open(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
 }
 
 // memory is a disk in memory with pages of it replaced, so that many can share one image.
@@ -108,18 +83,7 @@ func (m *memory) page(off int64) []byte {
 	return m.pages[n]
 }
 
-var golden = sync.OnceValues(func() ([]byte, error) {
-	f, err := os.Open("testdata/dirty.img.gz")
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		return nil, err
-	}
-	return io.ReadAll(z)
-})
+var golden = sync.OnceValues(func() ([]byte, error) { return guesttest.Unzip("testdata/dirty.img.gz") })
 
 func goldenDisk(t testing.TB) *memory {
 	t.Helper()
@@ -133,7 +97,11 @@ func goldenDisk(t testing.TB) *memory {
 func goldenTruth(t testing.TB) []guesttest.Line {
 	t.Helper()
 	var want []guesttest.Line
-	if err := json.Unmarshal(unzip(t, "testdata/dirty.json.gz"), &want); err != nil {
+	b, err := guesttest.Unzip("testdata/dirty.json.gz")
+	if err == nil {
+		err = json.Unmarshal(b, &want)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return want
@@ -144,7 +112,7 @@ func TestGolden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	same(t, fs, goldenTruth(t))
+	guesttest.SameFS(t, goldenTruth(t), fs)
 	if i := fs.Info(); i.Type != "xfs" || !i.Replayed || i.Size != 16<<20 || i.Block != 1024 || len(i.UUID) != 36 || len(i.Warnings) != 0 {
 		t.Errorf("%+v", i)
 	}
@@ -170,6 +138,6 @@ func TestCopyOfSuper(t *testing.T) {
 		if len(fs.Info().Warnings) != 1 {
 			t.Errorf("%s: %+v", what, fs.Info())
 		}
-		same(t, fs, want)
+		guesttest.SameFS(t, want, fs)
 	}
 }

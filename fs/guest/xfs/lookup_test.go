@@ -6,23 +6,11 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
-
-// counted counts the reads of a device.
-type counted struct {
-	guest.Device
-	reads atomic.Int64
-}
-
-func (c *counted) ReadAt(p []byte, off int64) (int, error) {
-	c.reads.Add(1)
-	return c.Device.ReadAt(p, off)
-}
 
 // TestLookupLarge finds names in a directory of 100,000 with few reads, and continues a listing of it anywhere.
 func TestLookupLarge(t *testing.T) {
@@ -40,15 +28,15 @@ func TestLookupLarge(t *testing.T) {
 		}
 	}
 	unmount()
-	dev := &counted{Device: guesttest.OpenDevice(t, image)}
+	dev := &guesttest.Counted{Device: guesttest.OpenDevice(t, image)}
 	for _, i := range []int{0, 1, 777, 31415, 99998, 99999} {
 		fs, err := Open(dev, guest.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		before := dev.reads.Load()
+		before := dev.Reads.Load()
 		ino, err := fs.Lookup(fs.Root(), fmt.Sprint("entry number ", i))
-		if n := dev.reads.Load() - before; err != nil || n > 8 {
+		if n := dev.Reads.Load() - before; err != nil || n > 8 {
 			t.Errorf("entry %d: inode %d in %d reads, %v", i, ino, n, err)
 		}
 		if _, err := fs.Lookup(fs.Root(), fmt.Sprint("no entry ", i)); err == nil {
@@ -56,13 +44,13 @@ func TestLookupLarge(t *testing.T) {
 		}
 	}
 	fs, _ := Open(dev, guest.Options{})
-	before := dev.reads.Load()
+	before := dev.Reads.Load()
 	for i := range names {
 		if _, err := fs.Lookup(fs.Root(), fmt.Sprint("entry number ", i)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Logf("%d lookups in %d reads", names, dev.reads.Load()-before)
+	t.Logf("%d lookups in %d reads", names, dev.Reads.Load()-before)
 	resumed(t, fs, names+1)
 }
 
@@ -108,6 +96,7 @@ func TestLookupAll(t *testing.T) {
 			t.Errorf("%q is inode %d", name, ino)
 		}
 	}
+	guesttest.Conform(t, fs)
 	if paths < 200 {
 		t.Errorf("only %d paths", paths)
 	}

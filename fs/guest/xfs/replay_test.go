@@ -54,7 +54,7 @@ func compareReplay(t *testing.T, image string) {
 		t.Errorf("%+v", i)
 	}
 	want := guesttest.Truth(t, image, "xfs", "nouuid")
-	same(t, fs, want)
+	guesttest.SameFS(t, want, fs)
 	raw := open(t, image, guest.Options{NoReplay: true})
 	stale, err := guesttest.WalkFS(raw)
 	if err == nil && len(guesttest.Diff(want, stale)) == 0 {

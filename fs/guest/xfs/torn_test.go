@@ -71,7 +71,7 @@ func TestTorn(t *testing.T) {
 					t.Fatal(err)
 				}
 				want := guesttest.Truth(t, copied, "xfs", "nouuid")
-				same(t, open(t, copied, guest.Options{}), want)
+				guesttest.SameFS(t, want, open(t, copied, guest.Options{}))
 				if len(guesttest.Diff(whole, want)) > 0 {
 					differ++
 				}
