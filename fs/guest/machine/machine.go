@@ -115,6 +115,11 @@ func (v *Volume) HasReader() bool { return v.Device != nil && readers[v.Signatur
 // FS opens the volume's file system, once. Its reader may not panic. guest.ErrUnsupported when nothing reads it; the reason why the volume itself cannot
 // be read, when it cannot.
 func (v *Volume) FS() (guest.FS, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.fs != nil || v.err != nil {
+		return v.fs, v.err
+	}
 	if v.Device == nil {
 		return nil, fmt.Errorf("%s: %s: %w", v.Name, cmp.Or(v.Encryption, v.Signature, v.Kind), v.Err)
 	}
@@ -124,11 +129,6 @@ func (v *Volume) FS() (guest.FS, error) {
 		return nil, guest.Unsupported("%s: holds nothing that is known", v.Name)
 	case open == nil:
 		return nil, guest.Unsupported("%s: %s", v.Name, v.Signature)
-	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.fs != nil || v.err != nil {
-		return v.fs, v.err
 	}
 	f, err := v.open(open)
 	if err == nil {

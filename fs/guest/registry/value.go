@@ -194,3 +194,6 @@ func (v Value) Number() (uint64, error) {
 	}
 	return 0, fmt.Errorf("registry: value %q has the type %d and %d bytes, and is no number", v.Name, v.Type, len(b))
 }
+
+// Size is that of the data, bytes.
+func (v Value) Size() int64 { return int64(v.size &^ inNode) }
