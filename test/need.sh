@@ -11,7 +11,7 @@ declare -A need=(
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish [python3]=python3 [mkntfs]=ntfs-3g [ntfs-3g]=ntfs-3g [wimcapture]=wimtools [rsync]=rsync
   [bsdtar]=libarchive-tools [unzip]=unzip [tar]=tar [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
   [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [thin_restore]=thin-provisioning-tools [busybox]=busybox-static [mkfs.btrfs]=btrfs-progs
-  [btrfs]=btrfs-progs
+  [btrfs]=btrfs-progs [genisoimage]=genisoimage [mkzftree]=genisoimage [xorriso]=xorriso
 )
 missing=()
 for program in "${!need[@]}"; do

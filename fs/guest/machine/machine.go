@@ -9,6 +9,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/btrfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/ext"
+	"github.com/holdfast-backup/holdfast/fs/guest/iso9660"
 	"github.com/holdfast-backup/holdfast/fs/guest/ntfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/volume"
 	"github.com/holdfast-backup/holdfast/fs/guest/xfs"
@@ -72,9 +73,10 @@ func (m *Machine) Volume(name string) *Volume {
 // readers maps a signature to what reads that file system.
 var readers = map[string]func(*Volume) (guest.FS, error){
 	"ext2": openAs(ext.Open), "ext3": openAs(ext.Open), "ext4": openAs(ext.Open),
-	"xfs":   openAs(xfs.Open),
-	"ntfs":  openAs(ntfs.Open),
-	"btrfs": openBtrfs,
+	"xfs":     openAs(xfs.Open),
+	"ntfs":    openAs(ntfs.Open),
+	"iso9660": openAs(iso9660.Open),
+	"btrfs":   openBtrfs,
 }
 
 func openAs[F guest.FS](open func(guest.Device, guest.Options) (F, error)) func(*Volume) (guest.FS, error) {
