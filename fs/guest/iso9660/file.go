@@ -23,6 +23,7 @@ func (f *FS) Stat(ino guest.Ino) (guest.Stat, error) {
 	} else if st.Size, err = f.size(ino, &r); err != nil {
 		return st, err
 	}
+	st.Allocated = (st.Size + 511) &^ 511
 	if x.mode != 0 {
 		st.Mode, st.Nlink, st.UID, st.GID = x.mode&0xffff, x.nlink, x.uid, x.gid
 	}

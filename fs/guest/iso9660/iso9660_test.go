@@ -104,16 +104,67 @@ func walk(t testing.TB, f guest.FS) []guesttest.Line {
 	return list
 }
 
+// large is a directory with files that need several extents.
+func large(t *testing.T) string {
+	t.Helper()
+	guesttest.NeedsPrograms(t, "xorriso", "genisoimage")
+	dir := t.TempDir()
+	for _, name := range []string{"a", "large", "z"} {
+		guesttest.SparseAt(t, dir+"/"+name, 9<<29*int64(len(name)/5)+1000)
+	}
+	f, err := os.OpenFile(dir+"/large", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, off := range []int64{0, 1 << 30, 1<<32 - 4096, 1 << 32, 9<<29 + 900} {
+		if _, err := f.WriteAt(fmt.Appendf(nil, "%100d", off), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// TestExtents: a file of several extents has the content that it was made of, at their border too.
+func TestExtents(t *testing.T) {
+	if os.Getenv("HOLDFAST_TEST_ALL") == "" {
+		t.Skip("writes 4.5 GiB; HOLDFAST_TEST_ALL asks for it")
+	}
+	dir := large(t)
+	f := open(t, xorriso(t, dir, "-iso-level", "3", "-R"))
+	ino, err := guesttest.Find(f, "large")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := f.Open(ino)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := file.(*content); len(c.pieces) < 2 || c.Size() != 9<<29+1000 {
+		t.Fatalf("%d pieces, %d bytes", len(c.pieces), c.Size())
+	}
+	want := guesttest.OpenDevice(t, dir+"/large")
+	a, b := make([]byte, 1<<20), make([]byte, 1<<20)
+	for _, off := range []int64{0, 1<<30 - 77, 1<<32 - 1<<19, 1<<32 - 4096 - 2048, 9<<29 - 100} {
+		n, errA := want.ReadAt(a, off)
+		m, errB := file.ReadAt(b, off)
+		if n != m || errA != errB || !bytes.Equal(a[:n], b[:m]) {
+			t.Errorf("at %d: %d bytes, %v; the source has %d, %v", off, m, errB, n, errA)
+		}
+	}
+	for _, name := range []string{"a", "z"} {
+		if _, err := f.Lookup(f.Root(), name); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // images are one of each kind. Directories deeper than eight are moved by genisoimage, and not by xorriso.
 func images(t *testing.T) map[string]string {
 	t.Helper()
 	small, few := source(t, guesttest.Tree{Seed: 7, Files: 300, Big: 3 << 20, Names: 300, Fragments: 4}), plain(t)
 	packed := t.TempDir() + "/z"
 	guesttest.Run(t, "mkzftree", few, packed)
-	large := t.TempDir()
-	for _, name := range []string{"a", "large", "z"} {
-		guesttest.SparseAt(t, large+"/"+name, 5<<30*int64(len(name)/5)+100)
-	}
 	return map[string]string{
 		"rock ridge":            genisoimage(t, source(t, guesttest.Tree{Seed: 3, Big: 8 << 20, Fragments: 4}), "-R"),
 		"rock ridge and joliet": genisoimage(t, few, "-R", "-J", "-joliet-long"),
@@ -125,7 +176,7 @@ func images(t *testing.T) map[string]string {
 		"plain with versions":   genisoimage(t, few, "-iso-level", "2"),
 		"plain, anything":       genisoimage(t, few, "-U", "-iso-level", "3"),
 		"zisofs":                genisoimage(t, packed, "-R", "-z"),
-		"extents":               xorriso(t, large, "-iso-level", "3", "-R"),
+		"extents":               xorriso(t, large(t), "-iso-level", "3", "-R"),
 	}
 }
 
@@ -178,7 +229,15 @@ func TestSource(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := walk(t, open(t, image))
+			f := open(t, image)
+			got := walk(t, f)
+			for _, l := range got {
+				if ino, err := guesttest.Find(f, l.Path); err != nil {
+					t.Errorf("%s: %v", guesttest.Quote(l.Path), err)
+				} else if st, err := f.Stat(ino); err != nil || fmt.Sprint(st.Size) != l.Fields["size"] {
+					t.Errorf("%s: %d bytes, %v, not %s", guesttest.Quote(l.Path), st.Size, err, l.Fields["size"])
+				}
+			}
 			for _, l := range append(want, got...) {
 				l.Fields["mtime"], _, _ = strings.Cut(l.Fields["mtime"], ".") // to the second
 				if l.Fields["type"] == "d" {
@@ -262,4 +321,28 @@ func TestConcurrent(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// BenchmarkWalk walks a volume and hashes its files.
+func BenchmarkWalk(b *testing.B) {
+	dir := b.TempDir()
+	for i := range 3000 {
+		p := fmt.Sprintf("%s/%d/%d/a file of some name", dir, i%20, i)
+		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+			b.Fatal(err)
+		}
+		if err := os.WriteFile(p, bytes.Repeat([]byte("content "), i), 0o644); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if _, err := exec.LookPath("genisoimage"); err != nil {
+		b.Skip(err)
+	}
+	image := genisoimage(b, dir, "-R")
+	for b.Loop() {
+		if _, err := guesttest.WalkFS(open(b, image)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.N*6041)/b.Elapsed().Seconds(), "entries/s")
 }
