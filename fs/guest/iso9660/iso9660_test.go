@@ -196,8 +196,10 @@ func TestKernel(t *testing.T) {
 		t.Run(names[i], func(t *testing.T) {
 			f := open(t, all[names[i]])
 			got := walk(t, f)
-			// Linux 6.1 cuts names of more than 253 bytes; TestSource has them whole.
-			cut := func(l guesttest.Line) bool { return len(filepath.Base(l.Path)) >= 253 }
+			// Linux 6.1 leaves the last part of names of 254 and 255 bytes out; TestSource has them whole.
+			cut := func(l guesttest.Line) bool {
+				return strings.HasPrefix(l.Path, "names/xxx") || strings.HasPrefix(l.Path, "names/ééé")
+			}
 			want, got = slices.DeleteFunc(want, cut), slices.DeleteFunc(got, cut)
 			for _, l := range append(want, got...) {
 				if len(l.Fields["size"]) > 9 { // WalkFS reads windows of it
