@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -208,8 +209,8 @@ func (d *filesDir) describe() (Image, error) {
 	mounted := map[*machine.Volume][]string{}
 	for _, v := range m.Views() {
 		mounted[v.Root.Vol] = append(mounted[v.Root.Vol], v.Name)
-		for _, at := range v.Mounts {
-			mounted[at.Vol] = append(mounted[at.Vol], v.Name+"/…")
+		for on, at := range v.Mounts {
+			mounted[at.Vol] = append(mounted[at.Vol], path.Join(v.Name, cmp.Or(v.Letter(on), "…")))
 		}
 		for _, w := range v.Warnings {
 			out.Warnings = append(out.Warnings, v.Name+": "+w)

@@ -26,7 +26,7 @@ type guestSide struct {
 // looked at for long.
 type guestNode struct {
 	side *guestSide
-	vol  int // of the machine's volumes
+	vol  int // of the machine's volumes; noVolume for that of the view's own top
 	ino  guest.Ino
 }
 
@@ -46,13 +46,24 @@ func (n *guestNode) inode() uint64 {
 	return (x^x>>31)>>1 | 2
 }
 
+// noVolume is what slices.Index says of the volume that a view made up for its root.
+const noVolume = -1
+
+// volume gives the volume that the node is on.
+func (n *guestNode) volume(m *machine.Machine) *machine.Volume {
+	if n.vol == noVolume {
+		return m.Views()[n.side.view-1].Root.Vol
+	}
+	return m.Volumes[n.vol]
+}
+
 // open gives the volume and its file system.
 func (n *guestNode) open(ctx context.Context) (*machine.Machine, guest.FS, error) {
 	m, err := n.side.point.tree.machine(ctx, n.side.point)
 	if err != nil {
 		return nil, nil, err
 	}
-	f, err := m.Volumes[n.vol].FS()
+	f, err := n.volume(m).FS()
 	return m, f, n.located(m, err)
 }
 
@@ -61,7 +72,7 @@ func (n *guestNode) located(m *machine.Machine, err error) error {
 	if err == nil || errors.Is(err, guest.ErrNotExist) {
 		return err
 	}
-	return fmt.Errorf("%s/%s: files/%s: inode %d: %w", n.side.point.sum.VM, n.side.point.sum.Name, m.Volumes[n.vol].Name, n.ino, err)
+	return fmt.Errorf("%s/%s: files/%s: inode %d: %w", n.side.point.sum.VM, n.side.point.sum.Name, n.volume(m).Name, n.ino, err)
 }
 
 // guestKinds maps a file type to a kind.
@@ -124,8 +135,8 @@ func (n *guestNode) at(m *machine.Machine, ino guest.Ino) (vol int, at guest.Ino
 	if n.side.view == 0 {
 		return n.vol, ino
 	}
-	p := m.Views()[n.side.view-1].At(machine.Place{Vol: m.Volumes[n.vol], Ino: ino})
-	if p.Vol == m.Volumes[n.vol] {
+	p := m.Views()[n.side.view-1].At(machine.Place{Vol: n.volume(m), Ino: ino})
+	if p.Vol == n.volume(m) {
 		return n.vol, p.Ino
 	}
 	return slices.Index(m.Volumes, p.Vol), p.Ino

@@ -11,7 +11,7 @@ declare -A need=(
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish [python3]=python3 [mkntfs]=ntfs-3g [ntfs-3g]=ntfs-3g [wimcapture]=wimtools [rsync]=rsync
   [bsdtar]=libarchive-tools [unzip]=unzip [tar]=tar [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
   [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [thin_restore]=thin-provisioning-tools [busybox]=busybox-static [mkfs.btrfs]=btrfs-progs
-  [btrfs]=btrfs-progs [ntfscp]=ntfs-3g [dislocker-file]=dislocker
+  [btrfs]=btrfs-progs [ntfscp]=ntfs-3g [dislocker-file]=dislocker [genisoimage]=genisoimage [mkzftree]=genisoimage [xorriso]=xorriso
 )
 missing=()
 for program in "${!need[@]}"; do
@@ -28,6 +28,7 @@ done
 /usr/bin/python3 -c 'import prometheus_client' 2>/dev/null || missing+=(python3-prometheus-client)
 /usr/bin/python3 -c 'import pyvhdi' 2>/dev/null || missing+=(python3-libvhdi)
 /usr/bin/python3 -c 'import pybde' 2>/dev/null || missing+=(python3-libbde)
+/usr/bin/python3 -c 'import hivex' 2>/dev/null || missing+=(python3-hivex)
 [ ${#missing[@]} -eq 0 ] && exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -3,7 +3,9 @@ package fuse_test
 import (
 	"bytes"
 	"encoding/binary"
+	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,31 +33,7 @@ func TestGuestFiles(t *testing.T) {
 	unmount()
 	dir, _ = guesttest.Mount(t, image, "ext4", "ro,noatime")
 
-	key := func() ([]byte, error) { return []byte("x"), nil }
-	b := bucket.NewMemory()
-	if err := store.Init(t.Context(), b, store.InitOptions{Passphrase: []byte("x")}, time.Now()); err != nil {
-		t.Fatal(err)
-	}
-	r, err := store.Open(t.Context(), b, store.MemoryIndex(), store.OpenOptions{Passphrase: key})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	snap, err := imagefile.New(imagefile.VM{Name: "vm", Files: []string{image}}).Freeze(t.Context(), "vm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer snap.Close()
-	if _, err := backup.Run(t.Context(), r, snap, backup.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	at := t.TempDir()
-	s, err := fuse.Mount(at, fs.New(r), fuse.Options{Log: func(text string) { t.Error(text) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Unmount(true)
-	shown := at + "/vm/latest/files/disk0/"
+	shown := mounted(t, image) + "/disk0/"
 	for _, args := range [][]string{
 		{"-aHAXn", "--delete", "--exclude=/lost+found"},
 		{"-anc", "--exclude=/sparse", "--exclude=/lost+found"},
@@ -109,6 +87,68 @@ func seekDirectory(t *testing.T, dir string) {
 	for i := 0; i < len(whole); i += 37 {
 		if rest := list(whole[i].next, 600); !slices.Equal(rest, whole[i+1:]) {
 			t.Errorf("behind entry %d: %d entries, want %d", i, len(rest), len(whole)-i-1)
+		}
+	}
+}
+
+// mounted backs disks up, mounts the repository, and gives the directory of the guest's files.
+func mounted(t *testing.T, images ...string) string {
+	t.Helper()
+	key := func() ([]byte, error) { return []byte("x"), nil }
+	b := bucket.NewMemory()
+	if err := store.Init(t.Context(), b, store.InitOptions{Passphrase: []byte("x")}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r, err := store.Open(t.Context(), b, store.MemoryIndex(), store.OpenOptions{Passphrase: key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	snap, err := imagefile.New(imagefile.VM{Name: "vm", Files: images}).Freeze(t.Context(), "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer snap.Close()
+	if _, err := backup.Run(t.Context(), r, snap, backup.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	at := t.TempDir()
+	s, err := fuse.Mount(at, fs.New(r), fuse.Options{Log: func(text string) { t.Error(text) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Unmount(true) })
+	return at + "/vm/latest/files"
+}
+
+// TestDriveLetters: the mount shows the volumes of a Windows by their letters and folders, one of them at two places.
+func TestDriveLetters(t *testing.T) {
+	guesttest.Needs(t, "fusermount3", "find")
+	devices := append(guesttest.WindowsDevices(t), guesttest.HiveValue{Name: `\DosDevices\Z:`, Data: guesttest.GPTDevice(t, guesttest.WindowsFolderGUID)})
+	first, second := guesttest.Windows(t, "Windows/System32/config/SYSTEM", devices)
+	files := mounted(t, first, second)
+	for path, want := range map[string]string{
+		"root/C/Users/me/file": "on C", "root/D/data/file": "on D", "root/L/logical": "on L",
+		"root/Z/deep/file": "in a folder", "root/C/mnt/folder/deep/file": "in a folder", "disk0/p2/Users/me/file": "on C",
+	} {
+		if got, err := os.ReadFile(files + "/" + path); err != nil || string(got) != want {
+			t.Errorf("%s: %q, %v", path, got, err)
+		}
+	}
+	found := guesttest.Run(t, "find", files+"/root", "-name", "file", "-type", "f", "-printf", "%P\n")
+	list := strings.Fields(found)
+	slices.Sort(list)
+	if want := []string{"C/Users/me/file", "C/mnt/folder/deep/file", "D/data/file", "D/self/Users/me/file", "D/self/mnt/folder/deep/file", "Z/deep/file"}; !slices.Equal(list, want) {
+		t.Errorf("find: %q", list)
+	}
+	if got := guesttest.Run(t, "ls", "-F", files+"/root"); got != "C/\nD/\nL/\nZ/\n" {
+		t.Errorf("ls: %q", got)
+	}
+	guesttest.Run(t, "ls", "-laR", files)
+	text, err := os.ReadFile(files + "/volumes.json")
+	for _, want := range []string{`"root/C"`, `"root/D"`, `"root/Z"`, `"root/…"`, "root: G: the partition 1048576 bytes from the start of the disk 11223344 is not among the volumes"} {
+		if err != nil || !strings.Contains(string(text), want) {
+			t.Errorf("volumes.json: no %s: %v\n%s", want, err, text)
 		}
 	}
 }

@@ -107,7 +107,7 @@ var guestModules = strings.Fields(`virtio_pci virtio_blk virtio_console loop
 	dm-mod dm-raid dm-mirror dm-snapshot dm-thin-pool dm-cache dm-cache-smq dm-crypt dm-zero dm-writecache dm-integrity dm-log
 	linear raid0 raid1 raid10 raid456
 	crc32c_generic crc32c-intel xts ecb cbc cts essiv aesni-intel algif_skcipher algif_hash sha256_generic sha256-ssse3 sha512_generic serpent_generic twofish_generic
-	ext4 xfs btrfs vfat nls_cp437 nls_iso8859-1 nls_ascii nls_utf8 exfat`)
+	ext4 xfs btrfs vfat isofs nls_cp437 nls_iso8859-1 nls_ascii nls_utf8 exfat`)
 
 // guestInit is what the kernel starts. The script's own output goes to the second serial port, where nothing else writes.
 const guestInit = `#!/bin/busybox sh

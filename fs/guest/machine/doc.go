@@ -1,5 +1,5 @@
 // Package machine puts together what the disks of one guest hold: its volumes, the file system of each, and, where the guest
-// itself says so (/etc/fstab), the tree that it sees.
+// itself says so (/etc/fstab, or the registry of a Windows), the tree that it sees.
 //
 //	m := machine.Open(disks, machine.Options{})
 //	for _, v := range m.Volumes {

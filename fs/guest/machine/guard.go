@@ -128,6 +128,17 @@ func (g guarded) Default() (ino guest.Ino, err error) {
 	return g.fs.Root(), nil
 }
 
+// mountPoints are the directories that Windows may have mounted volumes at.
+func (g guarded) mountPoints() iter.Seq2[guest.Ino, error] {
+	w, ok := g.fs.(interface {
+		MountPoints() iter.Seq2[guest.Ino, error]
+	})
+	if !ok {
+		return func(func(guest.Ino, error) bool) {}
+	}
+	return caughtSeq(w.MountPoints)
+}
+
 // guardedFile is a guarded file's content.
 type guardedFile struct{ guest.File }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/btrfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/ext"
+	"github.com/holdfast-backup/holdfast/fs/guest/iso9660"
 	"github.com/holdfast-backup/holdfast/fs/guest/ntfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/volume"
 	"github.com/holdfast-backup/holdfast/fs/guest/xfs"
@@ -72,9 +73,10 @@ func (m *Machine) Volume(name string) *Volume {
 // readers maps a signature to what reads that file system.
 var readers = map[string]func(*Volume) (guest.FS, error){
 	"ext2": openAs(ext.Open), "ext3": openAs(ext.Open), "ext4": openAs(ext.Open),
-	"xfs":   openAs(xfs.Open),
-	"ntfs":  openAs(ntfs.Open),
-	"btrfs": openBtrfs,
+	"xfs":     openAs(xfs.Open),
+	"ntfs":    openAs(ntfs.Open),
+	"iso9660": openAs(iso9660.Open),
+	"btrfs":   openBtrfs,
 }
 
 func openAs[F guest.FS](open func(guest.Device, guest.Options) (F, error)) func(*Volume) (guest.FS, error) {
@@ -115,6 +117,11 @@ func (v *Volume) HasReader() bool { return v.Device != nil && readers[v.Signatur
 // FS opens the volume's file system, once. Its reader may not panic. guest.ErrUnsupported when nothing reads it; the reason why the volume itself cannot
 // be read, when it cannot.
 func (v *Volume) FS() (guest.FS, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.fs != nil || v.err != nil {
+		return v.fs, v.err
+	}
 	if v.Device == nil {
 		return nil, fmt.Errorf("%s: %s: %w", v.Name, cmp.Or(v.Encryption, v.Signature, v.Kind), v.Err)
 	}
@@ -124,11 +131,6 @@ func (v *Volume) FS() (guest.FS, error) {
 		return nil, guest.Unsupported("%s: holds nothing that is known", v.Name)
 	case open == nil:
 		return nil, guest.Unsupported("%s: %s", v.Name, v.Signature)
-	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.fs != nil || v.err != nil {
-		return v.fs, v.err
 	}
 	f, err := v.open(open)
 	if err == nil {

@@ -128,3 +128,24 @@ func TestViews(t *testing.T) {
 		}
 	}
 }
+
+// TestImageOfCD: an installation image is a disk, also when it has a partition table besides.
+func TestImageOfCD(t *testing.T) {
+	guesttest.NeedsPrograms(t, "xorriso")
+	dir := tree(t, map[string]string{"Folder/A file": "on the CD"})
+	for _, options := range [][]string{nil, {"-partition_offset", "16", "--mbr-force-bootable"}, {"-append_partition", "2", "0xef", guesttest.Sparse(t, 1<<20)}} {
+		image := filepath.Join(t.TempDir(), "iso")
+		guesttest.Run(t, append(append([]string{"xorriso", "-as", "mkisofs", "-quiet", "-o", image}, options...), dir)...)
+		m := Open([]volume.Disk{{Name: "disk0", Device: guesttest.OpenDevice(t, image)}}, Options{})
+		if len(m.Volumes) != 1 || m.Volumes[0].Name != "disk0" {
+			t.Fatalf("%v: %+v", options, m.Volumes)
+		}
+		f, err := m.Volumes[0].FS()
+		if err != nil {
+			t.Fatalf("%v: %v", options, err)
+		}
+		if _, err := guesttest.Find(f, "Folder/A file"); err != nil {
+			t.Errorf("%v: %v", options, err)
+		}
+	}
+}

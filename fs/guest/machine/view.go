@@ -17,7 +17,8 @@ type Place struct {
 	Ino guest.Ino
 }
 
-// View is a tree as the guest itself sees it: one file system at the root and others mounted below it.
+// View is a tree as the guest itself sees it: one file system at the root and others mounted below it. That of a Windows has a
+// made-up root, of a volume that is not among the machine's, with a directory for each drive letter.
 type View struct {
 	Name     string // root, and root-2 … for further systems on the same disks
 	Root     Place
@@ -48,7 +49,7 @@ func (m *Machine) findViews() []*View {
 	var views []*View
 	seen := map[string]bool{} // Btrfs that have been looked at: each is on all its volumes
 	for _, vol := range m.Volumes {
-		if !vol.HasReader() || !unix(vol.Signature) {
+		if !vol.HasReader() {
 			continue
 		}
 		f, err := vol.FS()
@@ -58,33 +59,48 @@ func (m *Machine) findViews() []*View {
 		if vol.Signature == "btrfs" {
 			seen[f.Info().UUID] = true
 		}
-		for _, sub := range subvolumes {
-			root, err := resolve(f, f.Root(), sub)
-			if err != nil {
-				continue
-			}
-			table, err := readSmall(f, root, "etc/fstab")
-			if err != nil {
-				if sub == "" && vol.Signature != "btrfs" {
-					break
-				}
-				continue
-			}
-			v := &View{Name: "root", Root: Place{vol, root}, Mounts: map[Place]Place{}}
-			if len(views) > 0 {
-				v.Name = fmt.Sprint("root-", len(views)+1)
-			}
-			v.Swap = swapFiles(string(table))
-			m.mount(v, string(table))
-			views = append(views, v)
-			break
+		var v *View
+		switch {
+		case vol.Signature == "ntfs":
+			v = m.windows(vol, f)
+		case isUnix(vol.Signature):
+			v = m.unix(vol, f)
 		}
+		if v == nil {
+			continue
+		}
+		v.Name = "root"
+		if len(views) > 0 {
+			v.Name = fmt.Sprint("root-", len(views)+1)
+		}
+		views = append(views, v)
 	}
 	return views
 }
 
-// unix reports whether a system that has a fstab may have its root there.
-func unix(signature string) bool {
+// unix makes the view of the system whose root is on a volume; nil when there is none.
+func (m *Machine) unix(vol *Volume, f guest.FS) *View {
+	for _, sub := range subvolumes {
+		root, err := resolve(f, f.Root(), sub)
+		if err != nil {
+			continue
+		}
+		table, err := readSmall(f, root, "etc/fstab")
+		if err != nil {
+			if sub == "" && vol.Signature != "btrfs" {
+				break
+			}
+			continue
+		}
+		v := &View{Root: Place{vol, root}, Mounts: map[Place]Place{}, Swap: swapFiles(string(table))}
+		m.mount(v, string(table))
+		return v
+	}
+	return nil
+}
+
+// isUnix reports whether a system that has a fstab may have its root there.
+func isUnix(signature string) bool {
 	return strings.HasPrefix(signature, "ext") || signature == "xfs" || signature == "btrfs"
 }
 
@@ -205,12 +221,17 @@ func walk(root Place, at func(Place) Place, path string) (Place, error) {
 		if err != nil {
 			return Place{}, err
 		}
+		next := Place{here.Vol, ino}
+		if over := at(next); over != next {
+			trail = append(trail, over)
+			continue
+		}
 		st, err := f.Stat(ino)
 		if err != nil {
 			return Place{}, err
 		}
 		if st.Mode&guest.ModeType != guest.ModeLink {
-			trail = append(trail, at(Place{here.Vol, ino}))
+			trail = append(trail, next)
 			continue
 		}
 		if links++; links > maxLinks {

@@ -188,7 +188,7 @@ func bitLockerBlock(dev guest.Device, at int64) ([]byte, error) {
 //	size: its own size 2 | 2 version 2 | 4 CRC-32 of all before 4 | 8 a datum: SHA-256 of all before, sealed by the master key
 func parseBitLocker(b []byte, at, sector int64) (*bitLocker, error) {
 	le := binary.LittleEndian
-	h := &bitLocker{version: int(le.Uint16(b[10:])), sector: sector, uuid: strings.ToLower(guid(b[80:96]))}
+	h := &bitLocker{version: int(le.Uint16(b[10:])), sector: sector, uuid: strings.ToLower(GUID(b[80:96]))}
 	size, set := int64(le.Uint16(b[8:])), int64(le.Uint32(b[64:]))
 	if h.version == 2 {
 		size *= 16

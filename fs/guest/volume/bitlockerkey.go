@@ -69,9 +69,9 @@ func (p protector) String() string {
 	case protectClear:
 		return "clear key"
 	case protectExternal:
-		return "external key " + guid(p.id)
+		return "external key " + GUID(p.id)
 	case protectRecovery:
-		return "recovery password " + guid(p.id)
+		return "recovery password " + GUID(p.id)
 	case protectPublic:
 		return "smart card"
 	case protectPassword:

@@ -144,11 +144,11 @@ func gptAt(dev device, unit, lba int64) (t *gptTable, hint int64, err error) {
 // gptEntry reads an entry, UEFI 2.10 §5.3.3: type GUID 16 | own GUID 16 | first LBA 8 | last LBA 8 | attributes 8 | name 72, UTF-16LE.
 func gptEntry(b []byte, number int, unit int64) (p partition, used bool) {
 	le := binary.LittleEndian
-	kind := guid(b[:16])
+	kind := GUID(b[:16])
 	if kind == "00000000-0000-0000-0000-000000000000" {
 		return p, false
 	}
-	p = partition{number: number, kind: kind, detail: gptName(kind), off: -1, uuid: strings.ToLower(guid(b[16:32]))}
+	p = partition{number: number, kind: kind, detail: gptName(kind), off: -1, uuid: strings.ToLower(GUID(b[16:32]))}
 	first, last := le.Uint64(b[32:]), le.Uint64(b[40:])
 	if last >= first && last < 1<<50 {
 		p.off, p.n = int64(first)*unit, int64(last-first+1)*unit
@@ -169,8 +169,8 @@ func utf16Text(b []byte) string {
 	return string(utf16.Decode(u))
 }
 
-// guid writes a GUID as Windows and UEFI store it, its first three fields little-endian.
-func guid(b []byte) string {
+// GUID writes a GUID as Windows and UEFI store it, its first three fields little-endian.
+func GUID(b []byte) string {
 	le := binary.LittleEndian
 	return strings.ToUpper(fmt.Sprintf("%08x-%04x-%04x-%x-%x", le.Uint32(b), le.Uint16(b[4:]), le.Uint16(b[6:]), b[8:10], b[10:16]))
 }
