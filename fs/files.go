@@ -202,12 +202,13 @@ func (d *filesDir) describe() (Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	views := m.Views() // may add to the warnings
 	out := struct {
 		Volumes  []describedVolume `json:"volumes"`
 		Warnings []string          `json:"warnings,omitempty"`
 	}{Volumes: []describedVolume{}, Warnings: m.Warnings}
 	mounted := map[*machine.Volume][]string{}
-	for _, v := range m.Views() {
+	for _, v := range views {
 		mounted[v.Root.Vol] = append(mounted[v.Root.Vol], v.Name)
 		for on, at := range v.Mounts {
 			mounted[at.Vol] = append(mounted[at.Vol], path.Join(v.Name, cmp.Or(v.Letter(on), "…")))

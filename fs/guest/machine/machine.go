@@ -24,7 +24,7 @@ type Options struct {
 // Machine is what the disks of a guest hold.
 type Machine struct {
 	Volumes  []*Volume
-	Warnings []string // what is odd about the volumes
+	Warnings []string // what is odd about the volumes; complete after Views
 
 	views func() []*View
 }

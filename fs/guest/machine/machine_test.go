@@ -149,3 +149,34 @@ func TestImageOfCD(t *testing.T) {
 		}
 	}
 }
+
+// alone makes a machine of one disk without a table, whose root has these files, after change has been at it.
+func alone(t *testing.T, files map[string]string, change func(image string)) *Machine {
+	t.Helper()
+	guesttest.NeedsPrograms(t, "mkfs.ext4", "debugfs")
+	image := guesttest.Sparse(t, rootLen<<20)
+	filesystem(t, image, 0, rootLen, "root", rootUUID, tree(t, files))
+	change(image)
+	return Open([]volume.Disk{{Name: "disk0", Device: guesttest.OpenDevice(t, image)}}, Options{})
+}
+
+// TestTableElsewhere: the table may be a link, as NixOS has it.
+func TestTableElsewhere(t *testing.T) {
+	m := alone(t, map[string]string{"etc/fstab": "-> /etc/static/fstab", "etc/static": "-> /store/etc", "store/etc/fstab": "/swap file none swap\n"}, func(string) {})
+	if views := m.Views(); len(views) != 1 || len(m.Warnings) > 0 {
+		t.Errorf("%d views, %q", len(views), m.Warnings)
+	}
+}
+
+// TestTableDamaged: a table that cannot be read is said; a system without one is none.
+func TestTableDamaged(t *testing.T) {
+	files := map[string]string{"etc/fstab": "/swap file none swap\n"}
+	m := alone(t, files, func(image string) { guesttest.Run(t, "debugfs", "-w", "-R", "zap_block -f /etc 0", image) })
+	if views := m.Views(); len(views) != 0 || len(m.Warnings) != 1 || !strings.Contains(m.Warnings[0], "damaged") {
+		t.Errorf("%d views, %q", len(views), m.Warnings)
+	}
+	m = alone(t, map[string]string{"etc/hostname": "x"}, func(string) {})
+	if views := m.Views(); len(views) != 0 || len(m.Warnings) > 0 {
+		t.Errorf("without a table: %d views, %q", len(views), m.Warnings)
+	}
+}

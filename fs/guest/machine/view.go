@@ -59,12 +59,9 @@ func (m *Machine) findViews() []*View {
 		if vol.Signature == "btrfs" {
 			seen[f.Info().UUID] = true
 		}
-		var v *View
-		switch {
-		case vol.Signature == "ntfs":
-			v = m.windows(vol, f)
-		case isUnix(vol.Signature):
-			v = m.unix(vol, f)
+		v, err := m.view(vol, f)
+		if err != nil {
+			m.Warnings = append(m.Warnings, fmt.Sprintf("%s: whether a system is on it: %v", vol.Name, err))
 		}
 		if v == nil {
 			continue
@@ -78,25 +75,47 @@ func (m *Machine) findViews() []*View {
 	return views
 }
 
+// view makes the view of the system that is on a volume; nil when there is none.
+func (m *Machine) view(vol *Volume, f guest.FS) (v *View, err error) {
+	defer caught(&err)
+	switch {
+	case vol.Signature == "ntfs":
+		return m.windows(vol, f), nil
+	case isUnix(vol.Signature):
+		return m.unix(vol, f)
+	}
+	return nil, nil
+}
+
 // unix makes the view of the system whose root is on a volume; nil when there is none.
-func (m *Machine) unix(vol *Volume, f guest.FS) *View {
+func (m *Machine) unix(vol *Volume, f guest.FS) (*View, error) {
 	for _, sub := range subvolumes {
 		root, err := resolve(f, f.Root(), sub)
-		if err != nil {
+		if isAbsent(err) {
 			continue
 		}
-		table, err := readSmall(f, root, "etc/fstab")
 		if err != nil {
-			if sub == "" && vol.Signature != "btrfs" {
-				break
-			}
-			continue
+			return nil, err
 		}
-		v := &View{Root: Place{vol, root}, Mounts: map[Place]Place{}, Swap: swapFiles(string(table))}
-		m.mount(v, string(table))
-		return v
+		v := &View{Root: Place{vol, root}, Mounts: map[Place]Place{}}
+		table, err := v.readSmall("etc/fstab")
+		if err == nil {
+			v.Swap = swapFiles(string(table))
+			m.mount(v, string(table))
+			return v, nil
+		}
+		if !isAbsent(err) {
+			return nil, err
+		}
+		if vol.Signature != "btrfs" {
+			break
+		}
 	}
-	return nil
+	return nil, nil
+}
+
+func isAbsent(err error) bool {
+	return errors.Is(err, guest.ErrNotExist) || errors.Is(err, guest.ErrNotDir)
 }
 
 // isUnix reports whether a system that has a fstab may have its root there.
@@ -266,12 +285,16 @@ func resolve(f guest.FS, dir guest.Ino, path string) (guest.Ino, error) {
 // smallFile is the most that is read of a guest's table, bytes.
 const smallFile = 1 << 20
 
-func readSmall(f guest.FS, root guest.Ino, path string) ([]byte, error) {
-	ino, err := resolve(f, root, path)
+func (v *View) readSmall(path string) ([]byte, error) {
+	p, err := v.Walk(path)
 	if err != nil {
 		return nil, err
 	}
-	file, err := f.Open(ino)
+	f, err := p.Vol.FS()
+	if err != nil {
+		return nil, err
+	}
+	file, err := f.Open(p.Ino)
 	if err != nil {
 		return nil, err
 	}
