@@ -14,7 +14,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-func TestMain(m *testing.M) { guesttest.Main(m) }
+func TestMain(m *testing.M) { guesttest.Main(m, nil) }
 
 // caseNames are names for a directory that ignores case, and names to look up in it: all characters that the table changes, others,
 // known or not, marks in any order, and what is no text.

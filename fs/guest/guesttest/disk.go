@@ -171,3 +171,15 @@ func Same(t *testing.T, want, got []Line, ignore ...string) {
 		}
 	}
 }
+
+// Label is what blkid finds as the label of an image, "" for none.
+func Label(t *testing.T, image string) string {
+	t.Helper()
+	out := Run(t, "blkid", "-p", "-o", "export", image)
+	for line := range strings.SplitSeq(out, "\n") {
+		if label, ok := strings.CutPrefix(line, "LABEL="); ok {
+			return strings.ReplaceAll(label, `\ `, " ")
+		}
+	}
+	return ""
+}

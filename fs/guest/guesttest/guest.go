@@ -17,7 +17,7 @@ const guestTime = 8 * time.Minute
 
 // Guest boots a small machine with a kernel of Debian's, not the host's, whose disks /dev/vda, /dev/vdb … are these raw
 // images, and runs a shell script there as root; it returns what the script wrote to stdout. The script stops at the first
-// command that fails (set -e), which fails the test. Programs of the host named in extra are there, beside busybox, lvm, mdadm and
+// command that fails (set -e), which fails the test. Programs of the host that extra names, or gives the path of, are there, beside busybox, lvm, mdadm and
 // cryptsetup.
 //
 // It is for what the host's kernel cannot do: device-mapper, md, old formats. It skips the test unless all tests are asked for.
@@ -144,7 +144,7 @@ func guestFiles(t *testing.T, modules, script string, programs map[string]string
 		if err != nil {
 			t.Fatal(err)
 		}
-		a.program(t, path, "bin/"+program)
+		a.program(t, path, "bin/"+filepath.Base(program))
 	}
 	for name, path := range programs {
 		a.program(t, path, "bin/"+name)

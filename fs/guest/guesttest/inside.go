@@ -18,12 +18,16 @@ import (
 // insideName is what the test's own program is called in a guest.
 const insideName = "guesttest"
 
-// Main is what TestMain calls in a package whose tests use Inside: the program of the tests is a tool, too, when it runs in a guest.
-func Main(m *testing.M) {
+// Filler fills a mounted directory, as Fill does.
+type Filler func(dir string, tree Tree) (skipped []string, err error)
+
+// Main is what TestMain calls in a package whose tests use Inside: the program of the tests is a tool, too, when it runs in a guest. It can fill
+// by these functions, besides Fill.
+func Main(m *testing.M, fillers map[string]Filler) {
 	if filepath.Base(os.Args[0]) != insideName {
 		os.Exit(m.Run())
 	}
-	if err := inside(os.Args[1], os.Args[2:]); err != nil {
+	if err := inside(fillers, os.Args[1], os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, insideName, os.Args[1:], err)
 		os.Exit(1)
 	}
@@ -31,7 +35,7 @@ func Main(m *testing.M) {
 
 // Inside is Guest for a script that has a further program, guesttest, which does in the guest what this package does on the host:
 //
-//	guesttest fill DIR TREE       Fill, with TREE from Tree.Text; prints what was refused
+//	guesttest fill DIR TREE       Fill, with TREE from Tree.Text; prints what was refused; a name behind TREE is of another Filler
 //	guesttest burst DIR SEED N    Burst
 //	guesttest walk DIR            Walk, in JSON
 //	guesttest crash DIR           ends all writing to a file system, as if the machine stopped; its log has been written
@@ -90,14 +94,18 @@ func Manifest(t *testing.T, b []byte) []Line {
 	return list
 }
 
-func inside(what string, args []string) error {
+func inside(fillers map[string]Filler, what string, args []string) error {
 	switch what {
 	case "fill":
 		var tree Tree
 		if err := json.Unmarshal([]byte(args[1]), &tree); err != nil {
 			return err
 		}
-		skipped, err := Fill(args[0], tree)
+		fill := Fill
+		if len(args) > 2 {
+			fill = fillers[args[2]]
+		}
+		skipped, err := fill(args[0], tree)
 		for _, s := range skipped {
 			fmt.Println(s)
 		}

@@ -9,6 +9,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/btrfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/ext"
+	"github.com/holdfast-backup/holdfast/fs/guest/fat"
 	"github.com/holdfast-backup/holdfast/fs/guest/iso9660"
 	"github.com/holdfast-backup/holdfast/fs/guest/ntfs"
 	"github.com/holdfast-backup/holdfast/fs/guest/volume"
@@ -75,6 +76,7 @@ var readers = map[string]func(*Volume) (guest.FS, error){
 	"ext2": openAs(ext.Open), "ext3": openAs(ext.Open), "ext4": openAs(ext.Open),
 	"xfs":     openAs(xfs.Open),
 	"ntfs":    openAs(ntfs.Open),
+	"vfat":    openAs(fat.Open),
 	"iso9660": openAs(iso9660.Open),
 	"btrfs":   openBtrfs,
 }

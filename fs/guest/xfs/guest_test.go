@@ -9,7 +9,7 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-func TestMain(m *testing.M) { guesttest.Main(m) }
+func TestMain(m *testing.M) { guesttest.Main(m, nil) }
 
 // guestScript fills a file system, stops while its log has what is not elsewhere yet, and lets the kernel replay that on a copy.
 const guestScript = `

@@ -1,0 +1,289 @@
+package fat
+
+import (
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/fs/guest"
+	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
+)
+
+func TestMain(m *testing.M) {
+	guesttest.Main(m, map[string]guesttest.Filler{"tree": guesttest.Fill, "odd": odd, "little": little})
+}
+
+// mountOptions are those whose view the reader has.
+const mountOptions = "utf8=1,tz=UTC,codepage=437,umask=022"
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func open(t testing.TB, image string) *FS {
+	t.Helper()
+	f, err := Open(guesttest.OpenDevice(t, image), guest.Options{})
+	must(t, err)
+	return f
+}
+
+// oddNames are names in one case, in two, and with characters of one byte, two and three units in UTF-8 and one or two in UTF-16.
+var oddNames = []string{"UPPER.TXT", "lower.txt", "lower.EXT", "BASE.ext", "Mixed Case.Txt", "NODOT", "nodot2", "a.b.c.d", "ünï.txt", "ÄÖÜ", "日本語のファイル", "emoji \U0001F680 here",
+	strings.Repeat("x", 255), strings.Repeat("é", 255), strings.Repeat("\U0001F600", 127), "exactly13char", "exactly 26 characters long", " lead", "a b", "+,;=[]", "x~1", "sharp ß", "dotted İ", "Ωmega"}
+
+// little is a smaller odd.
+func little(dir string, _ guesttest.Tree) ([]string, error) {
+	return odd(dir, guesttest.Tree{Names: 60})
+}
+
+// odd fills a directory with what is peculiar to FAT.
+func odd(dir string, tree guesttest.Tree) ([]string, error) {
+	var failed error
+	do := func(err error) {
+		if failed == nil && err != nil {
+			failed = err
+		}
+	}
+	content := func(n int) []byte { return []byte(strings.Repeat(fmt.Sprint(n, " "), n/2+1))[:n] }
+	do(os.Mkdir(dir+"/names", 0o755))
+	for i, name := range oddNames {
+		do(os.WriteFile(dir+"/names/"+name, content(i), 0o644))
+		do(os.Mkdir(dir+"/names/d"+string([]rune(name)[:min(20, len([]rune(name)))]), 0o755))
+	}
+	// A large directory with holes, in which new names then take the room of old ones.
+	do(os.Mkdir(dir+"/holes", 0o755))
+	names := cmp.Or(tree.Names, 400)
+	for i := range names {
+		do(os.WriteFile(fmt.Sprintf("%s/holes/some file number %d", dir, i), content(i%50), 0o644))
+	}
+	for i := 0; i < names; i += 3 {
+		do(os.Remove(fmt.Sprintf("%s/holes/some file number %d", dir, i)))
+	}
+	for i := range 40 {
+		do(os.WriteFile(fmt.Sprintf("%s/holes/%d", dir, i), content(i), 0o644))
+	}
+	do(os.Rename(dir+"/holes/1", dir+"/renamed to something longer"))
+	at := dir
+	for i := range 12 {
+		at = fmt.Sprintf("%s/level %d", at, i)
+		do(os.Mkdir(at, 0o755))
+		do(os.WriteFile(at+"/file", content(i), 0o644))
+	}
+	for _, n := range []int{0, 1, 511, 512, 513, 2048, 4095, 4096, 4097, 8192, 65536, 262144, 262145} {
+		do(os.WriteFile(fmt.Sprint(dir, "/size ", n), content(n), 0o644))
+	}
+	do(os.WriteFile(dir+"/readonly", []byte("x"), 0o644))
+	do(os.Chmod(dir+"/readonly", 0o555))
+	do(os.Mkdir(dir+"/readonly dir", 0o755))
+	os.Chmod(dir+"/readonly dir", 0o555)
+	var w [3]*os.File
+	for i := range w {
+		f, err := os.Create(fmt.Sprint(dir, "/taking turns ", i))
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		w[i] = f
+	}
+	for i := range 60 {
+		for _, f := range w {
+			_, err := f.WriteAt(content(4096 + i)[:4096], int64(i)*4096)
+			do(err)
+			do(f.Sync())
+		}
+	}
+	do(unix.Fallocate(int(w[0].Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, 300000))
+	for i, sec := range []int64{315532800, 315532801, 951782399, 951782400, 1e9 + 7, 4102444799, 4354819198} {
+		p := fmt.Sprint(dir, "/time ", i)
+		do(os.WriteFile(p, nil, 0o644))
+		do(os.Chtimes(p, time.Unix(sec+86400, 5), time.Unix(sec, 123456789)))
+	}
+	return nil, failed
+}
+
+// variant is a volume of mkfs.vfat.
+type variant struct {
+	name string
+	size int64 // MiB
+	make string
+	fill string
+	tree guesttest.Tree
+}
+
+var variants = []variant{
+	{"FAT32", 800, "-F 32 -s 8 -n LABEL32", "tree", guesttest.Tree{Seed: 1, Files: 18500, Names: 1400, Big: 12 << 20, NoHuge: true, NoHoles: true}},
+}
+
+var smaller = []variant{
+	{"FAT32, clusters of 512", 200, "-F 32 -s 1 -f 1", "odd", guesttest.Tree{}},
+	{"FAT16", 200, "-F 16 -s 8 -n label", "tree", guesttest.Tree{Seed: 3, Files: 300, Names: 200, Big: 2 << 20, Fragments: 50, NoHuge: true, NoHoles: true}},
+	{"FAT12", 12, "-F 12 -s 8 -n twelve", "odd", guesttest.Tree{}},
+	{"FAT12, clusters of 512", 2, "-F 12 -s 1 -r 512", "odd", guesttest.Tree{}},
+	{"FAT16, clusters of 64 KiB", 300, "-F 16 -s 128", "odd", guesttest.Tree{}},
+	{"FAT16, clusters of 512", 20, "-F 16 -s 1 -f 2", "odd", guesttest.Tree{}},
+	{"FAT32, sectors of 4096", 300, "-F 32 -S 4096 -s 1 -n four", "odd", guesttest.Tree{}},
+	{"FAT32, clusters of 256 KiB", 400, "-F 32 -S 4096 -s 64", "odd", guesttest.Tree{}},
+	{"FAT32, sectors of 2048", 200, "-F 32 -S 2048 -s 2", "odd", guesttest.Tree{}},
+}
+
+// refused is what Linux refuses to make of guesttest.Fill's tree, without the sizes.
+var refused = []string{
+	"a directory's name: EINVAL", "block device: EPERM", "character device: EPERM", "collapsed: ENOTSUP", "fifo: EPERM", "hard link: EPERM", "inserted: ENOTSUP",
+	"large device: EPERM", "many xattrs", "mode: EPERM", `name "...": ENOENT`, `name "\x01control": EINVAL`, `name "\xff\xfe invalid \x80": EINVAL`, `name "a:b": EINVAL`,
+	`name "back\\slash": EINVAL`, `name "new\nline": EINVAL`, `name "q?*|<>": EINVAL`, `name "quote\"'": EINVAL`, `name "tab\t": EINVAL`, `name "trailing ": EINVAL`,
+	"owner: EPERM", "punched oddly: ENOTSUP", "punched: ENOTSUP", "security xattr: ENOTSUP", "socket: EPERM", "symbolic link: EPERM",
+	"system xattr: ENOTSUP", "trusted xattr: ENOTSUP", "user xattr: ENOTSUP", "xattr: ENOTSUP", "zeroed: ENOTSUP",
+}
+
+var ofBytes = regexp.MustCompile(` of \d+ bytes`)
+
+func kinds(skipped []string) []string {
+	for i, s := range skipped {
+		skipped[i] = ofBytes.ReplaceAllString(s, "")
+	}
+	slices.Sort(skipped)
+	return slices.Compact(skipped)
+}
+
+func (v variant) image(t *testing.T) string {
+	t.Helper()
+	image := guesttest.Sparse(t, v.size<<20)
+	guesttest.Run(t, append(append([]string{"mkfs.vfat", "-i", "1234ABCD"}, strings.Fields(v.make)...), image)...)
+	return image
+}
+
+// TestTree compares with what the kernel of a guest shows of a large volume that it filled.
+func TestTree(t *testing.T) { inGuest(t, variants, false) }
+
+// TestVariants does it for smaller ones, of which one stays mounted.
+func TestVariants(t *testing.T) { inGuest(t, smaller, true) }
+
+var makeGolden = flag.Bool("golden", false, "make testdata/*.img.gz anew, in a guest")
+
+// TestMakeGolden makes small volumes for tests that need no guest, and what Linux shows of them.
+func TestMakeGolden(t *testing.T) {
+	if !*makeGolden {
+		t.Skip("asked for by -golden")
+	}
+	var jobs []guesttest.Job
+	for _, v := range []variant{{size: 2, make: "-F 12 -s 1"}, {size: 5, make: "-F 16 -s 1"}, {size: 35, make: "-F 32 -s 1"}} {
+		jobs = append(jobs, guesttest.Job{Image: v.image(t), Type: "vfat", Options: mountOptions, Fill: "little"})
+	}
+	must(t, os.MkdirAll("testdata", 0o755))
+	for i, d := range guesttest.InGuest(t, jobs) {
+		disk, err := os.ReadFile(jobs[i].Image)
+		must(t, err)
+		truth, err := json.Marshal(d.Lines)
+		must(t, err)
+		pack(t, goldens[i]+".img", disk)
+		pack(t, goldens[i]+".json", truth)
+	}
+}
+
+func pack(t *testing.T, name string, b []byte) {
+	t.Helper()
+	var out bytes.Buffer
+	w, _ := gzip.NewWriterLevel(&out, gzip.BestCompression)
+	w.Write(b)
+	must(t, w.Close())
+	must(t, os.WriteFile("testdata/"+name+".gz", out.Bytes(), 0o644))
+}
+
+// TestGolden compares with what Linux showed when the volumes were made.
+func TestGolden(t *testing.T) {
+	for _, name := range goldens {
+		var want []guesttest.Line
+		must(t, json.Unmarshal(unpack(t, name+".json"), &want))
+		f, err := Open(golden(t, name), guest.Options{})
+		must(t, err)
+		got, err := guesttest.WalkFS(f)
+		must(t, err)
+		if len(want) < 100 {
+			t.Errorf("only %d lines", len(want))
+		}
+		guesttest.Same(t, want, got)
+		guesttest.Conform(t, f)
+	}
+}
+
+func inGuest(t *testing.T, variants []variant, keep bool) {
+	guesttest.Needs(t, "mkfs.vfat", "fsck.vfat", "blkid")
+	var jobs []guesttest.Job
+	for _, v := range variants {
+		jobs = append(jobs, guesttest.Job{Image: v.image(t), Type: "vfat", Options: mountOptions, Fill: v.fill, Tree: v.tree})
+	}
+	if keep {
+		jobs = append(jobs, guesttest.Job{Image: variants[0].image(t), Type: "vfat", Options: mountOptions, Fill: "odd", Keep: true})
+	}
+	done := guesttest.InGuest(t, jobs)
+	for i, v := range variants {
+		t.Run(v.name, func(t *testing.T) {
+			if v.fill == "tree" && !slices.Equal(kinds(done[i].Skipped), refused) {
+				t.Errorf("refused: %q", kinds(done[i].Skipped))
+			}
+			sameAs(t, jobs[i].Image, done[i].Lines)
+		})
+	}
+	if !keep {
+		return
+	}
+	t.Run("mounted", func(t *testing.T) {
+		f := open(t, jobs[len(variants)].Image)
+		if w := f.Info().Warnings; len(w) != 1 || !strings.Contains(w[0], "not unmounted") {
+			t.Errorf("warnings %q", w)
+		}
+		for _, err := range f.Free() {
+			if err == nil {
+				t.Error("tells what is free")
+			}
+		}
+	})
+}
+
+// sameAs compares an image with what the kernel shows, by walking it and by looking for each path.
+func sameAs(t *testing.T, image string, want []guesttest.Line) {
+	t.Helper()
+	f := open(t, image)
+	if w := f.Info().Warnings; len(w) > 0 {
+		t.Errorf("%q", w)
+	}
+	got, err := guesttest.WalkFS(f)
+	must(t, err)
+	t.Log(len(want), "lines")
+	guesttest.Same(t, want, got)
+	for _, l := range want {
+		ino, err := guesttest.Find(f, l.Path)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if l.Path == "" {
+			continue
+		}
+		other, err := guesttest.Find(f, strings.ToUpper(l.Path))
+		if strings.ToLower(strings.ToUpper(l.Path)) == strings.ToLower(l.Path) && (err != nil || other != ino) {
+			t.Errorf("%s in upper case: %d, %v", guesttest.Quote(l.Path), other, err)
+		}
+	}
+	if id := guesttest.Run(t, "blkid", "-p", "-o", "value", "-s", "UUID", image); strings.TrimSpace(id) != f.Info().UUID {
+		t.Errorf("UUID %q, blkid says %q", f.Info().UUID, id)
+	}
+	if label := guesttest.Label(t, image); label != f.Info().Label {
+		t.Errorf("label %q, blkid says %q", f.Info().Label, label)
+	}
+	guesttest.Run(t, "fsck.vfat", "-n", image)
+}
