@@ -8,6 +8,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/btrfs"
+	"github.com/holdfast-backup/holdfast/fs/guest/exfat"
 	"github.com/holdfast-backup/holdfast/fs/guest/ext"
 	"github.com/holdfast-backup/holdfast/fs/guest/fat"
 	"github.com/holdfast-backup/holdfast/fs/guest/ntfs"
@@ -76,6 +77,7 @@ var readers = map[string]func(*Volume) (guest.FS, error){
 	"xfs":   openAs(xfs.Open),
 	"ntfs":  openAs(ntfs.Open),
 	"vfat":  openAs(fat.Open),
+	"exfat": openAs(exfat.Open),
 	"btrfs": openBtrfs,
 }
 
