@@ -28,6 +28,9 @@ func NewSlots(dev io.ReaderAt, chain *Chain, size int64, from uint32) *Slots {
 // Pos is the number of the next slot.
 func (s *Slots) Pos() uint32 { return uint32(s.pos / SlotSize) }
 
+// Seek goes to a slot.
+func (s *Slots) Seek(slot uint32) { s.pos = int64(slot) * SlotSize }
+
 // Next gives a slot, whose bytes are good until the next call; nil behind the last.
 func (s *Slots) Next() ([]byte, error) {
 	if s.pos >= s.end {

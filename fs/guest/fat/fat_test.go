@@ -1,27 +1,19 @@
 package fat
 
 import (
-	"bytes"
-	"cmp"
-	"compress/gzip"
 	"encoding/json"
 	"flag"
-	"fmt"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
 func TestMain(m *testing.M) {
-	guesttest.Main(m, map[string]guesttest.Filler{"tree": guesttest.Fill, "odd": odd, "little": little})
+	guesttest.Main(m, map[string]guesttest.Filler{"tree": guesttest.Fill, "odd": guesttest.Odd, "little": guesttest.Little})
 }
 
 // mountOptions are those whose view the reader has.
@@ -39,80 +31,6 @@ func open(t testing.TB, image string) *FS {
 	f, err := Open(guesttest.OpenDevice(t, image), guest.Options{})
 	must(t, err)
 	return f
-}
-
-// oddNames are names in one case, in two, and with characters of one byte, two and three units in UTF-8 and one or two in UTF-16.
-var oddNames = []string{"UPPER.TXT", "lower.txt", "lower.EXT", "BASE.ext", "Mixed Case.Txt", "NODOT", "nodot2", "a.b.c.d", "ünï.txt", "ÄÖÜ", "日本語のファイル", "emoji \U0001F680 here",
-	strings.Repeat("x", 255), strings.Repeat("é", 255), strings.Repeat("\U0001F600", 127), "exactly13char", "exactly 26 characters long", " lead", "a b", "+,;=[]", "x~1", "sharp ß", "dotted İ", "Ωmega"}
-
-// little is a smaller odd.
-func little(dir string, _ guesttest.Tree) ([]string, error) {
-	return odd(dir, guesttest.Tree{Names: 60})
-}
-
-// odd fills a directory with what is peculiar to FAT.
-func odd(dir string, tree guesttest.Tree) ([]string, error) {
-	var failed error
-	do := func(err error) {
-		if failed == nil && err != nil {
-			failed = err
-		}
-	}
-	content := func(n int) []byte { return []byte(strings.Repeat(fmt.Sprint(n, " "), n/2+1))[:n] }
-	do(os.Mkdir(dir+"/names", 0o755))
-	for i, name := range oddNames {
-		do(os.WriteFile(dir+"/names/"+name, content(i), 0o644))
-		do(os.Mkdir(dir+"/names/d"+string([]rune(name)[:min(20, len([]rune(name)))]), 0o755))
-	}
-	// A large directory with holes, in which new names then take the room of old ones.
-	do(os.Mkdir(dir+"/holes", 0o755))
-	names := cmp.Or(tree.Names, 400)
-	for i := range names {
-		do(os.WriteFile(fmt.Sprintf("%s/holes/some file number %d", dir, i), content(i%50), 0o644))
-	}
-	for i := 0; i < names; i += 3 {
-		do(os.Remove(fmt.Sprintf("%s/holes/some file number %d", dir, i)))
-	}
-	for i := range 40 {
-		do(os.WriteFile(fmt.Sprintf("%s/holes/%d", dir, i), content(i), 0o644))
-	}
-	do(os.Rename(dir+"/holes/1", dir+"/renamed to something longer"))
-	at := dir
-	for i := range 12 {
-		at = fmt.Sprintf("%s/level %d", at, i)
-		do(os.Mkdir(at, 0o755))
-		do(os.WriteFile(at+"/file", content(i), 0o644))
-	}
-	for _, n := range []int{0, 1, 511, 512, 513, 2048, 4095, 4096, 4097, 8192, 65536, 262144, 262145} {
-		do(os.WriteFile(fmt.Sprint(dir, "/size ", n), content(n), 0o644))
-	}
-	do(os.WriteFile(dir+"/readonly", []byte("x"), 0o644))
-	do(os.Chmod(dir+"/readonly", 0o555))
-	do(os.Mkdir(dir+"/readonly dir", 0o755))
-	os.Chmod(dir+"/readonly dir", 0o555)
-	var w [3]*os.File
-	for i := range w {
-		f, err := os.Create(fmt.Sprint(dir, "/taking turns ", i))
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		w[i] = f
-	}
-	for i := range 60 {
-		for _, f := range w {
-			_, err := f.WriteAt(content(4096 + i)[:4096], int64(i)*4096)
-			do(err)
-			do(f.Sync())
-		}
-	}
-	do(unix.Fallocate(int(w[0].Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, 300000))
-	for i, sec := range []int64{315532800, 315532801, 951782399, 951782400, 1e9 + 7, 4102444799, 4354819198} {
-		p := fmt.Sprint(dir, "/time ", i)
-		do(os.WriteFile(p, nil, 0o644))
-		do(os.Chtimes(p, time.Unix(sec+86400, 5), time.Unix(sec, 123456789)))
-	}
-	return nil, failed
 }
 
 // variant is a volume of mkfs.vfat.
@@ -149,16 +67,6 @@ var refused = []string{
 	"system xattr: ENOTSUP", "trusted xattr: ENOTSUP", "user xattr: ENOTSUP", "xattr: ENOTSUP", "zeroed: ENOTSUP",
 }
 
-var ofBytes = regexp.MustCompile(` of \d+ bytes`)
-
-func kinds(skipped []string) []string {
-	for i, s := range skipped {
-		skipped[i] = ofBytes.ReplaceAllString(s, "")
-	}
-	slices.Sort(skipped)
-	return slices.Compact(skipped)
-}
-
 func (v variant) image(t *testing.T) string {
 	t.Helper()
 	image := guesttest.Sparse(t, v.size<<20)
@@ -183,31 +91,21 @@ func TestMakeGolden(t *testing.T) {
 	for _, v := range []variant{{size: 2, make: "-F 12 -s 1"}, {size: 5, make: "-F 16 -s 1"}, {size: 35, make: "-F 32 -s 1"}} {
 		jobs = append(jobs, guesttest.Job{Image: v.image(t), Type: "vfat", Options: mountOptions, Fill: "little"})
 	}
-	must(t, os.MkdirAll("testdata", 0o755))
 	for i, d := range guesttest.InGuest(t, jobs) {
 		disk, err := os.ReadFile(jobs[i].Image)
 		must(t, err)
 		truth, err := json.Marshal(d.Lines)
 		must(t, err)
-		pack(t, goldens[i]+".img", disk)
-		pack(t, goldens[i]+".json", truth)
+		guesttest.Pack(t, goldens[i]+".img", disk)
+		guesttest.Pack(t, goldens[i]+".json", truth)
 	}
-}
-
-func pack(t *testing.T, name string, b []byte) {
-	t.Helper()
-	var out bytes.Buffer
-	w, _ := gzip.NewWriterLevel(&out, gzip.BestCompression)
-	w.Write(b)
-	must(t, w.Close())
-	must(t, os.WriteFile("testdata/"+name+".gz", out.Bytes(), 0o644))
 }
 
 // TestGolden compares with what Linux showed when the volumes were made.
 func TestGolden(t *testing.T) {
 	for _, name := range goldens {
 		var want []guesttest.Line
-		must(t, json.Unmarshal(unpack(t, name+".json"), &want))
+		must(t, json.Unmarshal(guesttest.Unpack(t, name+".json"), &want))
 		f, err := Open(golden(t, name), guest.Options{})
 		must(t, err)
 		got, err := guesttest.WalkFS(f)
@@ -232,8 +130,8 @@ func inGuest(t *testing.T, variants []variant, keep bool) {
 	done := guesttest.InGuest(t, jobs)
 	for i, v := range variants {
 		t.Run(v.name, func(t *testing.T) {
-			if v.fill == "tree" && !slices.Equal(kinds(done[i].Skipped), refused) {
-				t.Errorf("refused: %q", kinds(done[i].Skipped))
+			if v.fill == "tree" && !slices.Equal(guesttest.Kinds(done[i].Skipped), refused) {
+				t.Errorf("refused: %q", guesttest.Kinds(done[i].Skipped))
 			}
 			sameAs(t, jobs[i].Image, done[i].Lines)
 		})

@@ -2,11 +2,8 @@ package fat
 
 import (
 	"bytes"
-	"compress/gzip"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -16,28 +13,10 @@ import (
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 )
 
-// memory is a disk in memory.
-type memory []byte
+type memory = guesttest.Memory
 
-func (m memory) Size() int64 { return int64(len(m)) }
-func (m memory) ReadAt(p []byte, off int64) (int, error) {
-	return bytes.NewReader(m).ReadAt(p, off)
-}
-
-// goldens are small volumes that Linux filled with some of odd's tree (see TestMakeGolden), and their walks.
+// goldens are small volumes that Linux filled with guesttest.Little's tree (see TestMakeGolden), and their walks.
 var goldens = []string{"fat12", "fat16", "fat32"}
-
-func unpack(t testing.TB, name string) []byte {
-	t.Helper()
-	f, err := os.Open("testdata/" + name + ".gz")
-	must(t, err)
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	must(t, err)
-	b, err := io.ReadAll(z)
-	must(t, err)
-	return b
-}
 
 var images sync.Map // name => []byte
 
@@ -46,7 +25,7 @@ func golden(t testing.TB, name string) memory {
 	t.Helper()
 	b, ok := images.Load(name)
 	if !ok {
-		b = unpack(t, name+".img")
+		b = guesttest.Unpack(t, name+".img")
 		images.Store(name, b)
 	}
 	return bytes.Clone(b.([]byte))

@@ -14,14 +14,6 @@ import (
 	"github.com/holdfast-backup/holdfast/store/extent"
 )
 
-// saved writes a volume to a file.
-func saved(t *testing.T, m memory) string {
-	t.Helper()
-	image := filepath.Join(t.TempDir(), "image")
-	must(t, os.WriteFile(image, m, 0o600))
-	return image
-}
-
 // TestFree: as many clusters are free as fsck.vfat counts, and a volume with other bytes in them is what it was.
 func TestFree(t *testing.T) {
 	guesttest.NeedsPrograms(t, "fsck.vfat")
@@ -39,7 +31,7 @@ func TestFree(t *testing.T) {
 				m[e.Off+i] = 0xa5
 			}
 		}
-		out := guesttest.Run(t, "fsck.vfat", "-n", "-v", saved(t, m))
+		out := guesttest.Run(t, "fsck.vfat", "-n", "-v", guesttest.Saved(t, m))
 		n := regexp.MustCompile(`(\d+)/(\d+) clusters`).FindStringSubmatch(out)
 		if n == nil {
 			t.Fatal(out)
@@ -62,7 +54,7 @@ func TestLocate(t *testing.T) {
 	guesttest.NeedsPrograms(t, "mshowfat")
 	for _, name := range goldens {
 		m := golden(t, name)
-		image := saved(t, m)
+		image := guesttest.Saved(t, m)
 		f, err := Open(m, guest.Options{})
 		must(t, err)
 		for _, path := range []string{"taking turns 0", "taking turns 2", "size 65536", "size 1", "size 0"} {

@@ -59,10 +59,10 @@ func (f *FS) Stat(ino guest.Ino) (guest.Stat, error) {
 		return guest.Stat{}, err
 	}
 	st.Mode = e.kind() | 0o755
-	st.Mtime = timeOf(le.Uint16(e[24:]), le.Uint16(e[22:]), 0)
+	st.Mtime = cluster.Time(le.Uint16(e[24:]), le.Uint16(e[22:]), 0)
 	st.Ctime = st.Mtime
-	st.Atime = timeOf(le.Uint16(e[18:]), 0, 0)
-	st.Btime = timeOf(le.Uint16(e[16:]), le.Uint16(e[14:]), e[13])
+	st.Atime = cluster.Time(le.Uint16(e[18:]), 0, 0)
+	st.Btime = cluster.Time(le.Uint16(e[16:]), le.Uint16(e[14:]), e[13])
 	if e.dir() {
 		return st, f.statDir(ino, &st)
 	}
@@ -86,10 +86,3 @@ func (f *FS) statDir(ino guest.Ino, st *guest.Stat) error {
 
 // rounded is a size as whole clusters.
 func (f *FS) rounded(n int64) int64 { return (n + f.geo.cluster - 1) &^ (f.geo.cluster - 1) }
-
-// timeOf makes a time of a date (year from 1980, month, day: 7, 4, 5 bits), a time (hour, minute, two seconds: 5, 6, 5 bits) and units of
-// 10 ms (fatgen, "Date and Time Formats"). What is 0 of a date is taken for 1.
-func timeOf(date, clock uint16, centi byte) time.Time {
-	month, day := max(1, int(date>>5&15)), max(1, int(date&31))
-	return time.Date(1980+int(date>>9), time.Month(month), day, int(clock>>11), int(clock>>5&63), int(clock&31)*2, int(centi)*10e6, time.UTC)
-}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/btrfs"
+	"github.com/holdfast-backup/holdfast/fs/guest/exfat"
 	"github.com/holdfast-backup/holdfast/fs/guest/ext"
 	"github.com/holdfast-backup/holdfast/fs/guest/fat"
 	"github.com/holdfast-backup/holdfast/fs/guest/iso9660"
@@ -77,6 +78,7 @@ var readers = map[string]func(*Volume) (guest.FS, error){
 	"xfs":     openAs(xfs.Open),
 	"ntfs":    openAs(ntfs.Open),
 	"vfat":    openAs(fat.Open),
+	"exfat":   openAs(exfat.Open),
 	"iso9660": openAs(iso9660.Open),
 	"btrfs":   openBtrfs,
 }
