@@ -7,7 +7,6 @@ import (
 	"iter"
 	"slices"
 	"strings"
-	"sync"
 	"unicode/utf16"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
@@ -155,7 +154,7 @@ func (f *FS) Lookup(dir guest.Ino, name string) (guest.Ino, error) {
 	if err != nil {
 		return 0, err
 	}
-	hash := uint32(maphash.String(f.indexes.seed, name))
+	hash := uint32(maphash.String(f.seed, name))
 	i, _ := slices.BinarySearchFunc(x.list, hash, func(p place, h uint32) int { return cmp.Compare(p.hash, h) })
 	for ; i < len(x.list) && x.list[i].hash == hash; i++ {
 		at := int64(dir) + int64(x.list[i].off)
@@ -186,7 +185,7 @@ type place struct{ hash, off uint32 }
 
 // index gives the index of a directory, made when it is not among those used last.
 func (f *FS) index(dir guest.Ino) (*dirIndex, error) {
-	if x := f.indexes.get(dir); x != nil {
+	if x, ok := f.indexes.Get(dir); ok {
 		return x, nil
 	}
 	x := &dirIndex{}
@@ -196,7 +195,7 @@ func (f *FS) index(dir guest.Ino) (*dirIndex, error) {
 		if err != nil {
 			bad = err
 		} else if ok {
-			x.list = append(x.list, place{uint32(maphash.String(f.indexes.seed, e.Name)), uint32(at - int64(dir))})
+			x.list = append(x.list, place{uint32(maphash.String(f.seed, e.Name)), uint32(at - int64(dir))})
 		}
 		return true
 	})
@@ -205,52 +204,6 @@ func (f *FS) index(dir guest.Ino) (*dirIndex, error) {
 	}
 	x.err = cmp.Or(err, bad)
 	slices.SortFunc(x.list, func(a, b place) int { return cmp.Or(cmp.Compare(a.hash, b.hash), cmp.Compare(a.off, b.off)) })
-	f.indexes.put(dir, x)
+	f.indexes.Put(dir, x, int64(cap(x.list))*8+128)
 	return x, nil
-}
-
-// indexCache keeps the indexes used last, in a bounded number of bytes.
-type indexCache struct {
-	seed  maphash.Seed
-	limit int64 // bytes of each half
-
-	mu         sync.Mutex // guards following
-	young, old map[guest.Ino]*dirIndex
-	used       int64 // bytes of young
-}
-
-func newIndexCache(limit int64) *indexCache {
-	return &indexCache{seed: maphash.MakeSeed(), limit: limit / 2, young: map[guest.Ino]*dirIndex{}}
-}
-
-func (c *indexCache) get(dir guest.Ino) *dirIndex {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if x := c.young[dir]; x != nil {
-		return x
-	}
-	x := c.old[dir]
-	if x != nil {
-		delete(c.old, dir)
-		c.keep(dir, x)
-	}
-	return x
-}
-
-func (c *indexCache) put(dir guest.Ino, x *dirIndex) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.young[dir] == nil {
-		c.keep(dir, x)
-	}
-}
-
-// keep takes an index; one larger than the limit is kept alone.
-func (c *indexCache) keep(dir guest.Ino, x *dirIndex) {
-	cost := int64(cap(x.list))*8 + 128
-	if c.used+cost > c.limit {
-		c.old, c.young, c.used = c.young, map[guest.Ino]*dirIndex{}, 0
-	}
-	c.young[dir] = x
-	c.used += cost
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"hash/maphash"
 	"slices"
 	"strings"
 
@@ -27,7 +28,8 @@ type FS struct {
 	block   int64
 	root    guest.Ino
 	sectors *guest.Cache
-	indexes *indexCache
+	seed    maphash.Seed // of the hashes in indexes
+	indexes *guest.Recent[guest.Ino, *dirIndex]
 	orphans orphans
 
 	joliet bool
@@ -43,7 +45,7 @@ func Open(dev guest.Device, opt guest.Options) (*FS, error) {
 	if size <= 0 {
 		size = defaultCache
 	}
-	f := &FS{dev: dev, sectors: guest.NewCache(dev, sectorSize, size/2), indexes: newIndexCache(size / 2)}
+	f := &FS{dev: dev, sectors: guest.NewCache(dev, sectorSize, size/2), seed: maphash.MakeSeed(), indexes: guest.NewRecent[guest.Ino, *dirIndex](size / 2)}
 	primary, joliet, err := f.descriptors()
 	if err != nil {
 		return nil, fmt.Errorf("iso9660: %w", err)
