@@ -61,7 +61,7 @@ func (b *bench) filesOfGuest(ctx context.Context) error {
 	}
 	ratio := func(f [2][]float64) string { return fmt.Sprintf("%.2f", median(f[0])/median(f[1])) }
 	seconds := func(f []float64) string { return fmt.Sprintf("%.2f s", median(f)) }
-	fmt.Printf("\nFiles of a guest: ext4, 1 TiB, %d files\n\n", b.files)
+	fmt.Printf("\nFiles of a guest: %s, 1 TiB, %d files\n\n", b.fileSystem, b.files)
 	table([]string{"", "kernel's mount of the raw file", "files/", "rate beside the kernel's"}, [][]string{
 		{"one file by `cp`, cold", "", seconds(single), ""},
 		{"all names and attributes", seconds(walks[0]), seconds(walks[1]), ratio(walks)},
@@ -79,13 +79,13 @@ func (b *bench) makeFiles(ctx context.Context, image string) (paths []string, er
 	if err := os.Truncate(image, guestDisk); err != nil {
 		return nil, err
 	}
-	if _, err := command.Run(ctx, "mkfs.ext4", "-q", image); err != nil {
+	if _, err := command.Run(ctx, "mkfs."+b.fileSystem, "-q", image); err != nil {
 		return nil, err
 	}
 	rnd := rand.New(rand.NewPCG(1, 1))
 	noise := make([]byte, 1<<20)
 	rand.NewChaCha8([32]byte{}).Read(noise)
-	err = testimage.InMount(ctx, testimage.Part{Image: image}, "ext4", filepath.Join(b.dir, "fill"), func(root string) error {
+	err = testimage.InMount(ctx, testimage.Part{Image: image}, b.fileSystem, filepath.Join(b.dir, "fill"), func(root string) error {
 		for i := range b.files {
 			dir := fmt.Sprintf("share/%03d/%03d", i/10000, i/100%100)
 			if i < b.files/10 {

@@ -39,6 +39,7 @@ type options struct {
 	passes, seconds  int
 	boots            bool
 	files            int
+	fileSystem       string
 }
 
 func main() {
@@ -49,6 +50,7 @@ func main() {
 	flag.IntVar(&o.seconds, "seconds", 3, "how long fio reads or writes for one figure")
 	flag.BoolVar(&o.boots, "boots", false, "measure boots instead of fio")
 	flag.IntVar(&o.files, "files", 0, "measure a guest's files instead, on a disk with so many")
+	flag.StringVar(&o.fileSystem, "fs", "ext4", "the file system that has them: ext4, xfs or btrfs")
 	flag.StringVar(&o.holdfast, "holdfast", "", "holdfast to measure (default: build it)")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
