@@ -48,7 +48,7 @@ var variants = []variant{
 }
 
 var smaller = []variant{
-	{"clusters of 512", 100, "-c 512 -L läbel€", "odd", guesttest.Tree{}},
+	{"clusters of 512", 100, "-c 512 -L label_512", "odd", guesttest.Tree{}},
 	{"clusters of 4 KiB", 300, "-c 4096 -L eleven_char", "tree", guesttest.Tree{Seed: 3, Files: 300, Names: 200, Big: 2 << 20, Fragments: 50, NoHuge: true, NoHoles: true}},
 	{"clusters of 32 MiB", 16000, "-c 32M", "little", guesttest.Tree{}},
 	{"clusters of 1 MiB", 2000, "-c 1M --pack-bitmap", "odd", guesttest.Tree{}},
@@ -74,18 +74,15 @@ func (v variant) image(t *testing.T) string {
 }
 
 // TestTree compares with what the kernel of a guest shows of a large volume that it filled.
-func TestTree(t *testing.T) { inGuest(t, variants, false) }
+func TestTree(t *testing.T) { inGuest(t, variants) }
 
-// TestVariants does it for smaller ones, of which one stays mounted.
-func TestVariants(t *testing.T) { inGuest(t, smaller, true) }
+// TestVariants does it for smaller ones.
+func TestVariants(t *testing.T) { inGuest(t, smaller) }
 
-func inGuest(t *testing.T, variants []variant, keep bool) {
+func inGuest(t *testing.T, variants []variant) {
 	var jobs []guesttest.Job
 	for _, v := range variants {
 		jobs = append(jobs, guesttest.Job{Image: v.image(t), Type: "exfat", Options: mountOptions, Fill: v.fill, Tree: v.tree})
-	}
-	if keep {
-		jobs = append(jobs, guesttest.Job{Image: variants[0].image(t), Type: "exfat", Options: mountOptions, Fill: "little", Keep: true})
 	}
 	done := guesttest.InGuest(t, jobs)
 	for i, v := range variants {
@@ -96,20 +93,6 @@ func inGuest(t *testing.T, variants []variant, keep bool) {
 			sameAs(t, jobs[i].Image, done[i].Lines)
 		})
 	}
-	if !keep {
-		return
-	}
-	t.Run("mounted", func(t *testing.T) {
-		f := open(t, jobs[len(variants)].Image)
-		if w := f.Info().Warnings; len(w) != 1 || !strings.Contains(w[0], "not unmounted") {
-			t.Errorf("warnings %q", w)
-		}
-		for _, err := range f.Free() {
-			if err == nil {
-				t.Error("tells what is free")
-			}
-		}
-	})
 }
 
 // timeless takes the times of the root away: Linux shows when it was mounted.

@@ -301,3 +301,35 @@ func TestConcurrent(t *testing.T) {
 	}
 	wait.Wait()
 }
+
+// TestOrphans: the entries of a long name that do not belong to the short one behind them, or are not all there, are left out.
+func TestOrphans(t *testing.T) {
+	for what, change := range map[string]func(m memory, short int64){
+		"another checksum": func(m memory, short int64) { m[short-32+13]++ },
+		"two others":       func(m memory, short int64) { m[short-32+13]++; m[short-64+13]++ },
+		"another order":    func(m memory, short int64) { m[short-32]++ },
+		"one is deleted":   func(m memory, short int64) { m[short-32] = deleted },
+		"the last is gone": func(m memory, short int64) { m[short-64] = deleted },
+	} {
+		m := golden(t, "fat16")
+		f, err := Open(m, guest.Options{})
+		must(t, err)
+		ino, err := guesttest.Find(f, "names/Mixed Case.Txt")
+		must(t, err)
+		change(m, int64(ino)*32)
+		f, err = Open(m, guest.Options{})
+		must(t, err)
+		dir, err := guesttest.Find(f, "names")
+		must(t, err)
+		var names []string
+		for e, err := range f.ReadDir(dir, 0) {
+			must(t, err)
+			if e.Ino == ino {
+				names = append(names, e.Name)
+			}
+		}
+		if len(names) != 1 || !strings.HasPrefix(names[0], "MIXEDC~") {
+			t.Errorf("%s: %q", what, names)
+		}
+	}
+}
