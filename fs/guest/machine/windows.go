@@ -152,10 +152,7 @@ func (m *Machine) device(id string) (vol *Volume, removable bool) {
 func (m *Machine) byOffset(signature uint32, off int64) *Volume {
 	disk := fmt.Sprintf("%08x-", signature)
 	for _, v := range m.Volumes {
-		if !strings.HasPrefix(v.PartUUID, disk) {
-			continue
-		}
-		if p, err := v.Map(0, 1); err == nil && len(p) == 1 && p[0].Off == off {
+		if strings.HasPrefix(v.PartUUID, disk) && v.PartStart == off {
 			return v
 		}
 	}

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -127,5 +128,38 @@ func TestWindowsHiveDamaged(t *testing.T) {
 	}
 	if got := names(t, v[0], "C/Windows"); !slices.Equal(got, []string{"System32"}) {
 		t.Error(got)
+	}
+}
+
+// TestWindowsBitLocker: a drive that is encrypted has its letter when it is open, and is said to be locked otherwise.
+func TestWindowsBitLocker(t *testing.T) {
+	guesttest.NeedsPrograms(t, "ntfscp")
+	first, second := guesttest.Windows(t, "Windows/System32/config/SYSTEM", guesttest.WindowsDevices(t))
+	plain, gap := guesttest.BitLockerNTFS(t, 24<<20, 512)
+	m := guesttest.BitLocker{Method: 0x8004, Sector: 512, Header: 8192, Protectors: []string{"external"}}
+	hidden := m.Make(plain, gap, 5)
+	f, err := os.OpenFile(first, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(hidden.Image, guesttest.WindowsLogicalAt<<20); err != nil {
+		t.Fatal(err)
+	}
+	disks := []volume.Disk{{Name: "disk0", Device: guesttest.OpenDevice(t, first)}, {Name: "disk1", Device: guesttest.OpenDevice(t, second)}}
+	locked := Open(disks, Options{}).Views()[0]
+	if got := names(t, locked, ""); !slices.Equal(got, []string{"C", "D"}) {
+		t.Errorf("drives without a key: %q", got)
+	}
+	if !slices.ContainsFunc(locked.Warnings, func(w string) bool { return strings.HasPrefix(w, "L: ") && strings.HasSuffix(w, "locked") }) {
+		t.Errorf("warnings: %q", locked.Warnings)
+	}
+	key := func(volume.Locked) [][]byte { return [][]byte{hidden.BEK} }
+	open := Open(disks, Options{Volumes: volume.Options{Unlock: key}}).Views()[0]
+	if got := names(t, open, ""); !slices.Equal(got, []string{"C", "D", "L"}) {
+		t.Errorf("drives with a key: %q", got)
+	}
+	if got := names(t, open, "L"); !slices.Contains(got, "noise") {
+		t.Errorf("L: %q", got)
 	}
 }

@@ -51,6 +51,7 @@ type found struct {
 	encryption, uuid   string // that it was hidden by
 	// Of a partition, from its table.
 	partUUID, partLabel string
+	partStart           int64
 }
 
 func (s *scan) warn(name, format string, args ...any) {
@@ -86,7 +87,7 @@ func (s *scan) look(f found) {
 		s.warn("all disks", "more than %d volumes", maxVolumes)
 		return
 	}
-	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev, Encryption: f.encryption, UUID: f.uuid, PartUUID: f.partUUID, PartLabel: f.partLabel}
+	v := Volume{Name: f.name, Kind: f.kind, Detail: f.detail, dev: f.dev, Encryption: f.encryption, UUID: f.uuid, PartUUID: f.partUUID, PartLabel: f.partLabel, PartStart: f.partStart}
 	if f.depth > maxDepth {
 		v.dev, v.Err = nil, guest.Unsupported("more than %d containers in each other", maxDepth)
 		s.add(v)
@@ -281,7 +282,7 @@ func (p partition) device(disk device) (device, error) {
 
 func (s *scan) partitions(f found, table string, parts []partition) {
 	for _, p := range parts {
-		part := found{name: fmt.Sprintf("%s/p%d", f.name, p.number), kind: KindPartition, detail: p.detail, depth: f.depth + 1, partUUID: p.uuid, partLabel: p.label}
+		part := found{name: fmt.Sprintf("%s/p%d", f.name, p.number), kind: KindPartition, detail: p.detail, depth: f.depth + 1, partUUID: p.uuid, partLabel: p.label, partStart: p.off}
 		dev, err := p.device(f.dev)
 		if err == nil {
 			err = windowsPool(table, p.kind)

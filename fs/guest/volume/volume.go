@@ -36,6 +36,7 @@ type Volume struct {
 	Detail     string // for people
 	// PartUUID and PartLabel are what the partition table calls a partition, as blkid(8) writes them; "" for none.
 	PartUUID, PartLabel string
+	PartStart           int64 // where the partition begins on its disk, bytes
 	// Device is nil when the volume cannot be read; Err says why.
 	Device guest.Device
 	Err    error // ErrLocked, guest.ErrUnsupported, guest.ErrDamaged, or that of reading the disk
