@@ -141,35 +141,22 @@ func (t *nodes) node(id uint64) fs.Node {
 	return n
 }
 
-// dir gives a node that the kernel knows for a directory; nil for none.
+// as gives a node as what the kernel takes it for; nil when it is none.
+func as[N fs.Node](t *nodes, id uint64, ofGuest func(fs.GuestID) N) N {
+	n, g := t.get(id)
+	if !g.IsZero() {
+		return ofGuest(g)
+	}
+	x, _ := n.(N)
+	return x
+}
+
 func (t *nodes) dir(id uint64) fs.Dir {
-	n, g := t.get(id)
-	if !g.IsZero() {
-		return g.Dir()
-	}
-	d, _ := n.(fs.Dir)
-	return d
+	return as(t, id, func(g fs.GuestID) fs.Dir { return g.Dir() })
 }
 
-// file is dir for a file.
-func (t *nodes) file(id uint64) fs.File {
-	n, g := t.get(id)
-	if !g.IsZero() {
-		return g.File()
-	}
-	f, _ := n.(fs.File)
-	return f
-}
-
-// link is dir for a symbolic link.
-func (t *nodes) link(id uint64) fs.Link {
-	n, g := t.get(id)
-	if !g.IsZero() {
-		return g.Link()
-	}
-	l, _ := n.(fs.Link)
-	return l
-}
+func (t *nodes) file(id uint64) fs.File { return as(t, id, fs.GuestID.File) }
+func (t *nodes) link(id uint64) fs.Link { return as(t, id, fs.GuestID.Link) }
 
 // ctx is that of all requests. That the caller got a signal meanwhile is left out: programs that have timers or signals of their own,
 // QEMU for one, do not expect EINTR from a file system and give up; all that is done is short.

@@ -41,14 +41,14 @@ func (s *stream) readUnits(p []byte, off int64) error {
 func (s *stream) cachedUnit(n, size int64) ([]byte, error) {
 	first := s.a.parts[0]
 	key := unitKey{runKey{first.record, first.id}, n}
-	if unit, ok := s.fs.units.get(key); ok {
+	if unit, ok := s.fs.units.Get(key); ok {
 		return unit, nil
 	}
 	unit := make([]byte, size)
 	if err := s.expand(unit, n); err != nil {
 		return nil, err
 	}
-	s.fs.units.put(key, unit, size+128)
+	s.fs.units.Put(key, unit, size+128)
 	return unit, nil
 }
 

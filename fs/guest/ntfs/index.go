@@ -116,14 +116,14 @@ func (x *index) node(number int64) (node, error) {
 	}
 	first := x.blocks.a.parts[0]
 	key := blockKey{runKey{first.record, first.id}, number * x.unit}
-	if n, ok := x.fs.nodes.get(key); ok {
+	if n, ok := x.fs.nodes.Get(key); ok {
 		return n, nil
 	}
 	n, err := x.load(number, key.off)
 	if err != nil {
 		return nil, err
 	}
-	x.fs.nodes.put(key, n, x.size+128)
+	x.fs.nodes.Put(key, n, x.size+128)
 	return n, nil
 }
 

@@ -41,13 +41,13 @@ const (
 // inode loads the file that a reference names; its sequence number is not looked at when it is 0.
 func (f *FS) inode(ino guest.Ino) (*inode, error) {
 	n, sequence := int64(ino&refMask), uint16(ino>>48)
-	i, ok := f.inodes.get(n)
+	i, ok := f.inodes.Get(n)
 	if !ok {
 		var err error
 		if i, err = f.load(n); err != nil {
 			return nil, err
 		}
-		f.inodes.put(n, i, i.cost(f.geo.record))
+		f.inodes.Put(n, i, i.cost(f.geo.record))
 	}
 	if sequence != 0 && sequence != i.sequence {
 		return nil, guest.Damaged("record %d of the MFT has sequence number %d, and %d is asked for", n, i.sequence, sequence)

@@ -21,11 +21,11 @@ type FS struct {
 	secure  *inode // $Secure, or nil
 
 	pieces *guest.Cache
-	inodes *cache[int64, *inode] // record => file
-	runs   *cache[runKey, []run]
-	nodes  *cache[blockKey, node]
-	units  *cache[unitKey, []byte] // decompressed
-	acls   *cache[uint32, []byte]  // id in $Secure => descriptor
+	inodes *guest.Recent[int64, *inode] // record => file
+	runs   *guest.Recent[runKey, []run]
+	nodes  *guest.Recent[blockKey, node]
+	units  *guest.Recent[unitKey, []byte] // decompressed
+	acls   *guest.Recent[uint32, []byte]  // id in $Secure => descriptor
 }
 
 var (
@@ -54,9 +54,9 @@ func Open(dev guest.Device, opt guest.Options) (*FS, error) {
 	if size <= 0 {
 		size = defaultCache
 	}
-	f.inodes, f.runs = newCache[int64, *inode](size/4), newCache[runKey, []run](size/8)
-	f.nodes, f.units = newCache[blockKey, node](size/4), newCache[unitKey, []byte](size/8)
-	f.acls = newCache[uint32, []byte](size / 16)
+	f.inodes, f.runs = guest.NewRecent[int64, *inode](size/4), guest.NewRecent[runKey, []run](size/8)
+	f.nodes, f.units = guest.NewRecent[blockKey, node](size/4), guest.NewRecent[unitKey, []byte](size/8)
+	f.acls = guest.NewRecent[uint32, []byte](size / 16)
 	if err := f.openMFT(size / 4); err != nil {
 		return nil, fmt.Errorf("ntfs: %w", err)
 	}

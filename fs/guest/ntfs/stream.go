@@ -36,13 +36,13 @@ func (s *stream) runs(vcn int64) ([]run, error) {
 	}
 	p := s.a.parts[i]
 	key := runKey{p.record, p.id}
-	runs, ok := s.fs.runs.get(key)
+	runs, ok := s.fs.runs.Get(key)
 	if !ok {
 		var err error
 		if runs, err = s.fs.decode(s.a, p); err != nil {
 			return nil, err
 		}
-		s.fs.runs.put(key, runs, 64+24*int64(cap(runs)))
+		s.fs.runs.Put(key, runs, 64+24*int64(cap(runs)))
 	}
 	return covering(runs, s.a.kind, vcn)
 }

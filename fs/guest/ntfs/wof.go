@@ -110,14 +110,14 @@ func (w *wof) cached(n int64, size int) ([]byte, error) {
 	if len(w.s.a.parts) > 0 {
 		key.runKey = runKey{w.s.a.parts[0].record, w.s.a.parts[0].id}
 	}
-	if chunk, ok := w.s.fs.units.get(key); ok && len(chunk) == size {
+	if chunk, ok := w.s.fs.units.Get(key); ok && len(chunk) == size {
 		return chunk, nil
 	}
 	chunk := make([]byte, size)
 	if err := w.expand(chunk, n); err != nil {
 		return nil, err
 	}
-	w.s.fs.units.put(key, chunk, int64(size)+128)
+	w.s.fs.units.Put(key, chunk, int64(size)+128)
 	return chunk, nil
 }
 

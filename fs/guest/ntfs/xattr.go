@@ -129,12 +129,12 @@ func (f *FS) descriptor(i *inode) ([]byte, error) {
 	if id == 0 || f.secure == nil {
 		return nil, nil
 	}
-	if b, ok := f.acls.get(id); ok {
+	if b, ok := f.acls.Get(id); ok {
 		return b, nil
 	}
 	b, err := f.shared(id)
 	if err == nil {
-		f.acls.put(id, b, int64(len(b))+128)
+		f.acls.Put(id, b, int64(len(b))+128)
 	}
 	return b, err
 }
