@@ -3,7 +3,9 @@ package fuse_test
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -150,5 +152,40 @@ func TestDriveLetters(t *testing.T) {
 		if err != nil || !strings.Contains(string(text), want) {
 			t.Errorf("volumes.json: no %s: %v\n%s", want, err, text)
 		}
+	}
+}
+
+// TestGoldens: what Linux showed of small FAT and exFAT volumes when they were made is what the mount shows.
+func TestGoldens(t *testing.T) {
+	guesttest.Needs(t, "fusermount3")
+	found, err := filepath.Glob("../guest/*fat/testdata/*.img.gz")
+	if err != nil || len(found) < 5 {
+		t.Fatal(found, err)
+	}
+	for _, name := range found {
+		t.Run(name, func(t *testing.T) {
+			disk, err := guesttest.Unzip(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text, err := guesttest.Unzip(strings.TrimSuffix(name, ".img.gz") + ".json.gz")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []guesttest.Line
+			if err := json.Unmarshal(text, &want); err != nil {
+				t.Fatal(err)
+			}
+			got, err := guesttest.Walk(mounted(t, guesttest.Saved(t, disk)) + "/disk0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, l := range append(want, got...) { // those of the root Linux makes up
+				if l.Path == "" {
+					l.Fields["mtime"], l.Fields["atime"], l.Fields["ctime"], l.Fields["btime"] = "", "", "", ""
+				}
+			}
+			guesttest.Same(t, want, got)
+		})
 	}
 }
