@@ -80,7 +80,7 @@ func (m *Machine) view(vol *Volume, f guest.FS) (v *View, err error) {
 	defer caught(&err)
 	switch {
 	case vol.Signature == "ntfs":
-		return m.windows(vol, f), nil
+		return m.windows(vol, f)
 	case isUnix(vol.Signature):
 		return m.unix(vol, f)
 	}

@@ -18,14 +18,17 @@ import (
 var windowsConfig = []string{"Windows/System32/config", "WINNT/System32/config"}
 
 // windows makes the view of the Windows that is on a volume; nil when there is none.
-func (m *Machine) windows(vol *Volume, f guest.FS) *View {
+func (m *Machine) windows(vol *Volume, f guest.FS) (*View, error) {
 	for _, path := range windowsConfig {
 		config, err := resolveFold(f, f.Root(), path)
-		if err != nil {
+		if err == nil {
+			_, err = resolveFold(f, config, "SYSTEM")
+		}
+		if isAbsent(err) {
 			continue
 		}
-		if _, err := resolveFold(f, config, "SYSTEM"); err != nil {
-			continue
+		if err != nil {
+			return nil, err
 		}
 		v := &View{Mounts: map[Place]Place{}}
 		devices, err := m.devices(v, f, config)
@@ -34,9 +37,9 @@ func (m *Machine) windows(vol *Volume, f guest.FS) *View {
 		}
 		m.drives(v, vol, f, devices)
 		m.folders(v, devices)
-		return v
+		return v, nil
 	}
-	return nil
+	return nil, nil
 }
 
 // resolveFold is resolve without regard to case.

@@ -1,11 +1,13 @@
 package machine
 
 import (
+	"errors"
 	"os"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/holdfast-backup/holdfast/fs/guest"
 	"github.com/holdfast-backup/holdfast/fs/guest/guesttest"
 	"github.com/holdfast-backup/holdfast/fs/guest/volume"
 )
@@ -161,5 +163,13 @@ func TestWindowsBitLocker(t *testing.T) {
 	}
 	if got := names(t, open, "L"); !slices.Contains(got, "noise") {
 		t.Errorf("L: %q", got)
+	}
+}
+
+// TestWindowsDamaged: a volume on which nobody can tell whether there is a Windows is not one without it.
+func TestWindowsDamaged(t *testing.T) {
+	vol := &Volume{Volume: volume.Volume{Signature: "ntfs"}}
+	if v, err := (&Machine{}).view(vol, guarded{broken{}}); v != nil || !errors.Is(err, guest.ErrDamaged) {
+		t.Errorf("%v, %v", v, err)
 	}
 }
