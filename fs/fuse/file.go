@@ -53,6 +53,9 @@ func (s *server) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fus
 	return fuse.OK
 }
 
+// Flush implements fuse.RawFileSystem. There is never anything to write: the kernel does not ask again.
+func (s *server) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
+
 // Release implements fuse.RawFileSystem.
 func (s *server) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	if h, ok := s.handles.remove(in.Fh).(*handle); ok {
