@@ -90,3 +90,21 @@ type Derived interface {
 	// Changed yields ascending ranges outside of which the disk is what it began as.
 	Changed(ctx context.Context) iter.Seq2[extent.Extent, error]
 }
+
+// Warner is a Snapshot that has something to say of the VM: a disk that is left out, a guest that was not asked.
+type Warner interface {
+	// Warnings is called after the last disk and the configuration were read.
+	Warnings() []string
+}
+
+// Untracked is a Disk that says why its source tracks no changes of it.
+type Untracked interface {
+	// Untracked is empty when changes are tracked.
+	Untracked() string
+}
+
+// Via is a Disk that there are several ways to read.
+type Via interface {
+	// Via names the way that was chosen.
+	Via() string
+}

@@ -97,6 +97,9 @@ func RunTo(ctx context.Context, to Target, snap Snapshot, opt Options) (*store.P
 		}
 		p.Config = append(p.Config, c)
 	}
+	if w, ok := snap.(Warner); ok {
+		p.Warnings = append(p.Warnings, w.Warnings()...)
+	}
 	if !opt.LockFor.IsZero() {
 		l, ok := draft.(Locker)
 		if !ok {
@@ -195,6 +198,9 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 		p.why = "full: asked for"
 	case d.ChangeID() == "":
 		p.why = "full: the source tracks no changes"
+		if u, ok := d.(Untracked); ok && u.Untracked() != "" {
+			p.why = "full: " + u.Untracked()
+		}
 	case old.ChangeID == "":
 		p.why = "full: the last point has no change id"
 	case old.Size != d.Size():
@@ -213,6 +219,9 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 		return nil, err
 	}
 	rec := &store.Disk{Name: name, Key: d.Key(), Size: d.Size(), ChangeID: d.ChangeID()}
+	if v, ok := d.(Via); ok {
+		rec.Via = v.Via()
+	}
 	began := r.opt.Now()
 	root, stats, err := r.read(ctx, d, name, p, left)
 	if errors.Is(err, ErrChangesLost) && p.since != "" {

@@ -60,6 +60,7 @@ type Disk struct {
 	Root     hexBytes `json:"root,omitempty"`      // id of the root page, 32 bytes; absent when the disk is all holes
 	ChangeID string   `json:"change_id,omitempty"` // change tracking of the source at the freeze
 	Read     string   `json:"read"`                // "changes", or "full: why"
+	Via      string   `json:"via,omitempty"`       // which of the source's ways it was read
 	Stats    Stats    `json:"stats"`
 	Warnings []string `json:"warnings,omitempty"`
 	LeftOut  *LeftOut `json:"left_out,omitempty"`

@@ -37,6 +37,8 @@ const keepAlive = 5 * time.Minute
 type client struct {
 	*vim25.Client
 	cfg Config
+	// files has a place for each file that is read over HTTPS at once.
+	files chan struct{}
 
 	mu    sync.Mutex // guards following
 	login time.Time  // the last one
@@ -53,12 +55,13 @@ func connect(ctx context.Context, cfg Config) (*client, error) {
 	if err := trust(sc, cfg); err != nil {
 		return nil, err
 	}
+	sc.DefaultTransport().MaxIdleConnsPerHost = fileReads + 2
 	// What the server offers is asked for before the login: this is where an untrusted one shows.
 	vc, err := vim25.NewClient(ctx, sc)
 	if err != nil {
 		return nil, reach(u, err)
 	}
-	c := &client{Client: vc, cfg: cfg}
+	c := &client{Client: vc, cfg: cfg, files: make(chan struct{}, fileReads)}
 	if err := c.logIn(ctx); err != nil {
 		return nil, err
 	}
@@ -66,6 +69,20 @@ func connect(ctx context.Context, cfg Config) (*client, error) {
 	c.stop = c.keepAlive()
 	return c, nil
 }
+
+// fileReads is how many reads of files on datastores are under way at once: each has a connection to the host.
+const fileReads = 8
+
+func (c *client) enter(ctx context.Context) error {
+	select {
+	case c.files <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (c *client) leave() { <-c.files }
 
 // attempts is how often a call is made when the network fails it before an answer came.
 const attempts = 3

@@ -152,7 +152,7 @@ func TestUsageErrors(t *testing.T) {
 		{"bakcup x", `unknown command "bakcup"`, "'holdfast backup'"},
 		{"verif", `unknown command "verif"`, "'holdfast verify'"},
 		{"frobnicate", `unknown command "frobnicate"`, "lists the commands"},
-		{"doctor", `unknown command "doctor"`, ""},
+		{"docter", `unknown command "docter"`, "'holdfast doctor'"},
 		{"points --jsno", "points: unknown flag --jsno", "--json"},
 		{"points --rep x", "unknown flag --rep", "--repo"}, // no abbreviation
 		{"points -repo x", "unknown flag -repo", "--repo"},

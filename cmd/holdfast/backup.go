@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/backup/imagefile"
@@ -70,6 +73,15 @@ func (c *call) lockFor() (backup.Duration, error) {
 }
 
 func checkBackup(c *call) error {
+	if c.String("source") != "" {
+		for _, flag := range []string{"vm", "attach", "allow-outside-backing"} {
+			if c.IsSet(flag) {
+				return usagef("--%s is about image files, not about VMs of a source", flag)
+			}
+		}
+	} else if c.IsSet("vms-at-once") {
+		return usagef("--vms-at-once is about VMs of a source")
+	}
 	if _, err := parseExclude(c.String("exclude")); err != nil {
 		return usagef("--exclude: %v", err)
 	}
@@ -107,61 +119,111 @@ func (c *call) exclude(vm string) backup.Exclude {
 	return e
 }
 
-func runBackup(ctx context.Context, c *call) error {
+// work is what `backup` was asked for.
+type work struct {
+	src    backup.Source
+	vms    []string
+	atOnce int
+	close  func() error
+}
+
+// fromFiles is a backup of image files.
+func (c *call) fromFiles() (*work, error) {
 	vms, err := vmsOf(c.String("vm"), c.args)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, vm := range vms {
 		if err := backup.CheckName(vm.Name); err != nil {
-			return withHint(usagef("%v", err), "name the VM with --vm")
+			return nil, withHint(usagef("%v", err), "name the VM with --vm")
 		}
 	}
 	if attached := c.StringSlice("attach"); len(attached) > 0 {
 		if len(vms) > 1 {
-			return withHint(usagef("backup: --attach is about one VM, not %d", len(vms)), "name the VM that the files are disks of with --vm")
+			return nil, withHint(usagef("backup: --attach is about one VM, not %d", len(vms)), "name the VM that the files are disks of with --vm")
 		}
 		vms[0].Attached = attached
 	}
 	src := imagefile.New(vms...)
 	src.AllowOutsideBacking = c.Bool("allow-outside-backing")
+	w := &work{src: src, atOnce: 1, close: func() error { return nil }}
+	for _, vm := range vms {
+		w.vms = append(w.vms, vm.Name)
+	}
+	return w, nil
+}
+
+func runBackup(ctx context.Context, c *call) error {
+	from := func(context.Context) (*work, error) { return c.fromFiles() }
+	if c.String("source") != "" {
+		from = c.fromPlatform
+	}
+	w, err := from(ctx)
+	if err != nil {
+		return err
+	}
+	defer w.close()
 	began := time.Now()
 	sum := summary{Type: "summary", Points: []summaryPoint{}, Failed: []summaryFail{}}
-	err = c.withTarget(ctx, func(to backup.Target) error {
-		var failures []error
-		for _, vm := range vms {
-			p, err := c.backupVM(ctx, to, src, vm.Name)
-			if err != nil && ctx.Err() != nil {
-				return err
-			}
-			if err != nil {
-				failures = append(failures, err)
-				sum.Failed = append(sum.Failed, summaryFail{vm.Name, err.Error()})
-				continue
-			}
-			sum.Points = append(sum.Points, summaryPoint{p.ID, p.VM.Name, p.Name, p.Time, p.Stats, p.Consistency, append([]string{}, p.Warnings...)})
-			sum.Stats.Add(p.Stats)
-			stored := "stored"
-			if isAway(c.repo) {
-				stored = "sent"
-			}
-			c.out.line("%s: %s, %s read, %s new, %s %s, in %s", p.Path(), sizeText(p.Stats.Total), sizeText(p.Stats.Read),
-				sizeText(p.Stats.New), sizeText(p.Stats.Stored), stored, durationText(time.Duration(p.Stats.Duration*float64(time.Second))))
-		}
-		if len(failures) == 0 {
-			return nil
-		}
-		err := errors.Join(failures...)
-		if len(sum.Points) > 0 {
-			err = fmt.Errorf("%w: %d of %d VMs failed\n%w", errPartlyDone, len(failures), len(vms), err)
-		}
-		return err
-	})
+	err = c.withTarget(ctx, func(to backup.Target) error { return c.backupAll(ctx, to, w, &sum) })
 	sum.Stats.Duration = time.Since(began).Seconds()
 	if jerr := c.out.object(sum); err == nil {
 		err = jerr
 	}
 	return err
+}
+
+// backupAll makes a restore point of each VM. One that fails does not stop the others.
+func (c *call) backupAll(ctx context.Context, to backup.Target, w *work, sum *summary) error {
+	var (
+		mu       sync.Mutex // guards following, and sum
+		failures []error
+		g        errgroup.Group
+	)
+	g.SetLimit(w.atOnce)
+	for _, vm := range w.vms {
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			p, err := c.backupVM(ctx, to, w.src, vm)
+			if err != nil && ctx.Err() != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				failures = append(failures, err)
+				sum.Failed = append(sum.Failed, summaryFail{vm, err.Error()})
+				return nil
+			}
+			c.done(p, sum)
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if len(failures) == 0 {
+		return nil
+	}
+	err := errors.Join(failures...)
+	if len(sum.Points) > 0 {
+		err = fmt.Errorf("%w: %d of %d VMs failed\n%w", errPartlyDone, len(failures), len(w.vms), err)
+	}
+	return err
+}
+
+// done says what became of a VM.
+func (c *call) done(p *store.Point, sum *summary) {
+	sum.Points = append(sum.Points, summaryPoint{p.ID, p.VM.Name, p.Name, p.Time, p.Stats, p.Consistency, append([]string{}, p.Warnings...)})
+	sum.Stats.Add(p.Stats)
+	stored := "stored"
+	if isAway(c.repo) {
+		stored = "sent"
+	}
+	c.out.line("%s: %s, %s read, %s new, %s %s, in %s", p.Path(), sizeText(p.Stats.Total), sizeText(p.Stats.Read),
+		sizeText(p.Stats.New), sizeText(p.Stats.Stored), stored, durationText(time.Duration(p.Stats.Duration*float64(time.Second))))
 }
 
 // backupVM makes one restore point.
@@ -170,7 +232,12 @@ func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source
 	if err != nil {
 		return nil, err
 	}
-	defer snap.Close()
+	defer func() {
+		if cerr := snap.Close(); cerr != nil && err == nil {
+			// The point is there; what is left on the host the next run removes.
+			c.progress.warn("%v", cerr)
+		}
+	}()
 	var lock backup.Duration
 	if !isAway(c.repo) { // else its server decides
 		if lock, err = c.lockFor(); err != nil {

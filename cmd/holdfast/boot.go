@@ -146,14 +146,8 @@ func (c *call) bootsDir() (string, error) {
 	if dir := c.String("boots"); dir != "" {
 		return filepath.Abs(dir)
 	}
-	if os.Geteuid() == 0 {
-		return "/var/lib/holdfast/boots", nil
-	}
-	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) { // XDG Base Directory Specification 0.8
-		return filepath.Join(dir, "holdfast", "boots"), nil
-	}
-	home, err := os.UserHomeDir()
-	return filepath.Join(home, ".local", "state", "holdfast", "boots"), err
+	dir, err := stateDir()
+	return filepath.Join(dir, "boots"), err
 }
 
 func (c *call) findBoot(name string) (*boot.State, error) {

@@ -28,9 +28,11 @@ func commands() []command {
 			run:   runInit,
 		},
 		{
-			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--exclude WHAT] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE]",
-			short: "back up disk image files",
-			long: "With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
+			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--exclude WHAT] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE] | --source NAME VM... [--vms-at-once N]",
+			short: "back up disk image files, or VMs of a platform",
+			long: "With --source the VMs of a platform that the config names: by name, path or id as 'vms' shows them, by pattern ('web*'), by\n" +
+				"folder:/DC/vm/FOLDER or pool:NAME. One that fails does not stop the others.\n" +
+				"Without it the arguments are image files. With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
 				"Files are raw, qcow2, VMDK, VHD or VHDX, told by their first bytes (a VHD by its last); one that ends in .raw\n" +
 				"or -flat.vmdk is raw. Of a VMDK in several files give the descriptor; it is read with its extents and parents.\n" +
 				"With -r tls://HOST:PORT the point is added to a repository on another host, by its 'holdfast serve'. The token\n" +
@@ -39,6 +41,8 @@ func commands() []command {
 				"(blocks that its file systems do not use), swap,free or none. Only what is certain is left out; 'show' lists it.",
 			min: 1, max: -1, completes: files,
 			flags: []cli.Flag{
+				&cli.StringFlag{Name: "source", Usage: "`NAME` of the platform in the config"},
+				&cli.IntFlag{Name: "vms-at-once", DefaultText: "4", Usage: "back up so `MANY` VMs of the platform at once"},
 				&cli.StringFlag{Name: "vm", Usage: "`NAME` of the VM that the disks belong to"},
 				&cli.StringSliceFlag{Name: "tag", Usage: "`TEXT` to keep with the restore point; may be repeated"},
 				&cli.StringFlag{Name: "exclude", Usage: "`WHAT` of the guest to leave out: swap, free, swap,free or none; swap unless the config says other"},
@@ -51,6 +55,21 @@ func commands() []command {
 					Usage: "`FILE` with the token for a server"},
 			},
 			needs: needRepository, away: true, check: checkBackup, run: runBackup,
+		},
+		{
+			name: "vms", usage: "--source NAME [VM...]",
+			short: "list the VMs of a platform",
+			long:  "The config names the platform below sources:. VM is a name, a pattern, folder:PATH or pool:NAME, as for 'backup'.",
+			max:   -1,
+			flags: []cli.Flag{&cli.StringFlag{Name: "source", Usage: "`NAME` of the platform in the config"}},
+			needs: needConfig,
+			check: func(c *call) error {
+				if c.String("source") == "" {
+					return usagef("vms: name the platform with --source")
+				}
+				return nil
+			},
+			run: runVMs,
 		},
 		{
 			name: "points", usage: "[VM]", short: "list restore points",
@@ -194,6 +213,17 @@ func commands() []command {
 			max:   1, completes: words{list: repairActions()},
 			flags: repairFlags(),
 			needs: needRepository, check: checkRepair, run: runRepair,
+		},
+		{
+			name: "doctor", usage: "[--source NAME] [--clean]",
+			short: "check whether platforms can be backed up",
+			long: "It looks at the platforms of the config, or at one: connection, account and its privileges, datastores, VMs and disks\n" +
+				"that backups leave out, and snapshots that an interrupted run left. It changes nothing, but with --clean.",
+			flags: []cli.Flag{
+				&cli.StringFlag{Name: "source", Usage: "`NAME` of the platform in the config"},
+				&cli.BoolFlag{DisableDefaultText: true, Name: "clean", Usage: "remove the snapshots that interrupted runs of this host left"},
+			},
+			needs: needConfig, run: runDoctor,
 		},
 		{
 			name: "stats", usage: "[VM] [--quick] [--by auto|day|week|month|year] [--metrics FILE]",

@@ -31,7 +31,8 @@ type config struct {
 		exclude string          // as --exclude; empty when the file says nothing
 		lockFor backup.Duration // for how long points are locked; zero when the file says nothing
 	}
-	vms map[string]vmConfig // by name
+	vms     map[string]vmConfig     // by name
+	sources map[string]sourceConfig // by name
 }
 
 // configError is a config file that cannot be read or says something unknown.
@@ -116,10 +117,7 @@ func parseConfig(path string, b []byte) (config, error) {
 				return err
 			})
 		},
-		"sources": func(key, _ *yaml.Node) error {
-			return withHint(d.errorf(key, "sources: this build supports no platform"),
-				"remove the section; 'holdfast backup DISK...' backs up image files")
-		},
+		"sources": d.sources(&cfg.sources),
 	})
 	return cfg, err
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/bucket"
 	"github.com/holdfast-backup/holdfast/store/remote/agent"
+	"github.com/holdfast-backup/holdfast/vsphere"
 )
 
 // Exit codes, a contract that scripts build on. 2 is left out because shells
@@ -65,6 +66,10 @@ func failures() []failure {
 		{isAny(backup.ErrSameRepository), exitUsage, "name another repository with --to"},
 		{isType[*accessError], exitAccess, ""},
 		{isAny(store.ErrPassphrase), exitAccess, ""},
+		{isAny(vsphere.ErrLogin), exitAccess, "user and password_file of the source in the config name the account"},
+		{isAny(vsphere.ErrUntrusted), exitAccess, "name the authority's certificate as ca_file, or, once you know that the thumbprint is the server's, that as thumbprint"},
+		{isAny(vsphere.ErrNoPrivilege), exitAccess, "give the account a role with that privilege; README lists all"},
+		{isAny(vsphere.ErrAmbiguous), exitFailed, "'holdfast vms --source NAME' shows names that are unique"},
 		{isAny(agent.ErrOtherServer), exitAccess, "the token is of another repository, or somebody else answers at this address; it was not sent"},
 		{isAny(store.ErrToken, agent.ErrVM), exitAccess, "at the repository 'holdfast agent-token list' shows what tokens there are and which VMs they are for"},
 		{isAny(store.ErrNoRepository), exitNoRepository, "'holdfast init DIR' makes a repository"},
