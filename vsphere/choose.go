@@ -4,11 +4,13 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
 )
 
 // Choose gives the VMs that patterns ask for, in the order of the list, each once. A pattern is a name or a path in the inventory, either with
-// * and ? as in a shell; folder:PATH is all that is below a folder, pool:NAME all in a resource pool. Templates are only what is named: a pattern
+// * and ? as in a shell; folder:PATH is all that is below a folder, pool:NAME all in a resource pool, tag:TAG or
+// tag:CATEGORY/TAG all that have a tag. Templates are only what is named: a pattern
 // with * leaves them out. A pattern that nothing matches is an error.
 func Choose(list []VM, patterns []string) ([]VM, error) {
 	chosen := make([]bool, len(list))
@@ -22,6 +24,9 @@ func Choose(list []VM, patterns []string) ([]VM, error) {
 			if match(&list[i]) {
 				chosen[i], any = true, true
 			}
+		}
+		if also := called(list, p); !any && len(also) > 0 {
+			return nil, fmt.Errorf("vsphere: VM %q: %w: %q", p, ErrAmbiguous, also)
 		}
 		if !any {
 			return nil, fmt.Errorf("vsphere: no VM is called %q: %w", p, fs.ErrNotExist)
@@ -44,6 +49,9 @@ func matcher(p string) (func(*VM) bool, error) {
 	if pool, ok := strings.CutPrefix(p, "pool:"); ok {
 		return func(vm *VM) bool { return !vm.Template && vm.Pool == pool }, nil
 	}
+	if tag, ok := strings.CutPrefix(p, "tag:"); ok {
+		return func(vm *VM) bool { return !vm.Template && vm.tagged(tag) }, nil
+	}
 	if !strings.ContainsAny(p, "*?[") {
 		return func(vm *VM) bool { return vm.Name == p || vm.Path == p || vm.ID == p }, nil
 	}
@@ -58,4 +66,23 @@ func matcher(p string) (func(*VM) bool, error) {
 		ok, _ := path.Match(p, of)
 		return ok && !vm.Template
 	}, nil
+}
+
+// tagged reports whether the VM has a tag, given with its category or without.
+func (vm *VM) tagged(tag string) bool {
+	return slices.ContainsFunc(vm.Tags, func(t string) bool {
+		_, name, _ := strings.Cut(t, "/")
+		return t == tag || name == tag
+	})
+}
+
+// called gives the unique names of VMs that are called name.
+func called(list []VM, name string) []string {
+	var out []string
+	for i := range list {
+		if path.Base(list[i].Path) == name {
+			out = append(out, list[i].Name)
+		}
+	}
+	return out
 }

@@ -1,6 +1,7 @@
 package vsphere
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -49,7 +50,8 @@ type inventory struct {
 	Pool       string            `json:"resource_pool,omitempty"`
 	Datastores map[string]string `json:"datastores"` // id => name
 	Networks   map[string]string `json:"networks"`   // id => name
-	Attributes map[int32]string  `json:"custom_attributes,omitempty"`
+	Attributes map[string]string `json:"custom_attributes,omitempty"`
+	Tags       []string          `json:"tags,omitempty"` // as CATEGORY/TAG
 	PoweredOn  bool              `json:"powered_on"`
 	Template   bool              `json:"template"`
 }
@@ -71,14 +73,23 @@ func (s *snapshot) inventory(ctx context.Context) (*inventory, error) {
 		}
 		out.Host = hosts[m.Runtime.Host.Value]
 	}
+	fields, err := s.src.attributeNames(ctx)
+	if err != nil {
+		return nil, err
+	}
 	for _, v := range m.CustomValue {
 		if text, ok := v.(*types.CustomFieldStringValue); ok {
 			if out.Attributes == nil {
-				out.Attributes = map[int32]string{}
+				out.Attributes = map[string]string{}
 			}
-			out.Attributes[text.Key] = text.Value
+			out.Attributes[cmp.Or(fields[text.Key], fmt.Sprint(text.Key))] = text.Value
 		}
 	}
+	all, err := s.src.tagsOf(ctx, []types.ManagedObjectReference{s.vm.ref})
+	if err != nil {
+		s.warn(fmt.Sprintf("the tags of the VM are not in this point: %v", err))
+	}
+	out.Tags = all[s.vm.ID]
 	return out, nil
 }
 

@@ -31,6 +31,7 @@ type VM struct {
 	Size         int64    // of all disks that are backed up, bytes
 	Disks        int      // that are backed up
 	Skipped      []string // disks that are not, and why
+	Tags         []string // as CATEGORY/TAG; only ListTagged fills them in
 
 	ref types.ManagedObjectReference
 }
@@ -48,6 +49,26 @@ func (s *Source) List(ctx context.Context) ([]VM, error) {
 	defer s.mu.Unlock()
 	s.listed = list
 	return slices.Clone(list), nil
+}
+
+// ListTagged is List with the tags of the VMs.
+func (s *Source) ListTagged(ctx context.Context) ([]VM, error) {
+	list, err := s.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	refs := make([]types.ManagedObjectReference, len(list))
+	for i := range list {
+		refs[i] = list[i].ref
+	}
+	all, err := s.tagsOf(ctx, refs)
+	if err != nil {
+		return nil, fmt.Errorf("vsphere: tags: %w", missing(err))
+	}
+	for i := range list {
+		list[i].Tags = all[list[i].ID]
+	}
+	return list, nil
 }
 
 // listedProperties are the properties that a listing takes.
@@ -196,13 +217,7 @@ func (s *Source) find(ctx context.Context, name string) (VM, error) {
 	if vm, ok := lookUp(list, name); ok {
 		return vm, nil
 	}
-	var also []string
-	for _, vm := range list {
-		if path.Base(vm.Path) == name {
-			also = append(also, vm.Name)
-		}
-	}
-	if len(also) > 0 {
+	if also := called(list, name); len(also) > 0 {
 		return VM{}, fmt.Errorf("vsphere: VM %q: %w: %q", name, ErrAmbiguous, also)
 	}
 	return VM{}, fmt.Errorf("vsphere: no VM %q on %s: %w", name, s.c.URL().Host, fs.ErrNotExist)

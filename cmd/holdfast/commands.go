@@ -31,7 +31,7 @@ func commands() []command {
 			name: "backup", usage: "DISK... [--vm NAME] [--tag T]... [--attach FILE]... [--full] [--exclude WHAT] [--lock-for DURATION] [--allow-outside-backing] [--token-file FILE] | --source NAME VM... [--vms-at-once N]",
 			short: "back up disk image files, or VMs of a platform",
 			long: "With --source the VMs of a platform that the config names: by name, path or id as 'vms' shows them, by pattern ('web*'), by\n" +
-				"folder:/DC/vm/FOLDER or pool:NAME. One that fails does not stop the others.\n" +
+				"folder:/DC/vm/FOLDER, pool:NAME or tag:TAG. One that fails does not stop the others.\n" +
 				"Without it the arguments are image files. With --vm the files are the disks of one VM; without it each is a VM, named after its file.\n" +
 				"Files are raw, qcow2, VMDK, VHD or VHDX, told by their first bytes (a VHD by its last); one that ends in .raw\n" +
 				"or -flat.vmdk is raw. Of a VMDK in several files give the descriptor; it is read with its extents and parents.\n" +
@@ -59,7 +59,7 @@ func commands() []command {
 		{
 			name: "vms", usage: "--source NAME [VM...]",
 			short: "list the VMs of a platform",
-			long:  "The config names the platform below sources:. VM is a name, a pattern, folder:PATH or pool:NAME, as for 'backup'.",
+			long:  "The config names the platform below sources:. VM is a name, a pattern, folder:PATH, pool:NAME or tag:TAG, as for 'backup'.",
 			max:   -1,
 			flags: []cli.Flag{&cli.StringFlag{Name: "source", Usage: "`NAME` of the platform in the config"}},
 			needs: needConfig,

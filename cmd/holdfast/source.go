@@ -133,6 +133,7 @@ type listedVM struct {
 	Disks    int      `json:"disks"`
 	Size     int64    `json:"bytes_total"`
 	Skipped  []string `json:"skipped,omitempty"`
+	Tags     []string `json:"tags,omitempty"`
 }
 
 func runVMs(ctx context.Context, c *call) error {
@@ -141,14 +142,14 @@ func runVMs(ctx context.Context, c *call) error {
 		return err
 	}
 	defer src.Close()
-	list, err := src.List(ctx)
+	var list []vsphere.VM
+	if len(c.args) > 0 {
+		list, err = choose(ctx, src, c.args)
+	} else {
+		list, err = src.List(ctx)
+	}
 	if err != nil {
 		return err
-	}
-	if len(c.args) > 0 {
-		if list, err = vsphere.Choose(list, c.args); err != nil {
-			return err
-		}
 	}
 	t := newTable("VM", "STATE", ">DISKS", ">SIZE", "TRACKED", "PATH")
 	for _, vm := range list {
@@ -164,7 +165,7 @@ func runVMs(ctx context.Context, c *call) error {
 			tracked = "yes"
 		}
 		t.row(printable(vm.Name), state, fmt.Sprint(vm.Disks), sizeText(vm.Size), tracked, printable(vm.Path))
-		if err := c.out.object(listedVM{"vm", vm.Name, vm.Path, vm.ID, vm.InstanceUUID, vm.Pool, vm.Guest, vm.On, vm.Template, vm.Tracked, vm.Disks, vm.Size, vm.Skipped}); err != nil {
+		if err := c.out.object(listedVM{"vm", vm.Name, vm.Path, vm.ID, vm.InstanceUUID, vm.Pool, vm.Guest, vm.On, vm.Template, vm.Tracked, vm.Disks, vm.Size, vm.Skipped, vm.Tags}); err != nil {
 			return err
 		}
 	}
@@ -203,10 +204,7 @@ func (c *call) fromPlatform(ctx context.Context) (*work, error) {
 	if err != nil {
 		return nil, err
 	}
-	list, err := src.List(ctx)
-	if err == nil {
-		list, err = vsphere.Choose(list, c.args)
-	}
+	list, err := choose(ctx, src, c.args)
 	if err != nil {
 		src.Close()
 		return nil, err
@@ -216,4 +214,17 @@ func (c *call) fromPlatform(ctx context.Context) (*work, error) {
 		w.vms = append(w.vms, vm.Name)
 	}
 	return w, nil
+}
+
+// choose lists the VMs that patterns ask for; tags cost a session of their own and are only asked for where a pattern has one.
+func choose(ctx context.Context, src *vsphere.Source, patterns []string) ([]vsphere.VM, error) {
+	look := src.List
+	if slices.ContainsFunc(patterns, func(p string) bool { return strings.HasPrefix(p, "tag:") }) {
+		look = src.ListTagged
+	}
+	list, err := look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return vsphere.Choose(list, patterns)
 }
