@@ -181,6 +181,7 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 			if err := builder.Set(gctx, j.first, j.ids[:j.n], j.parents[:j.n]); err != nil {
 				return err
 			}
+			p.told.saw(j.first, j.ids[:j.n], j.parents[:j.n], &p, int64(cs))
 			for k, id := range j.ids[:j.n] {
 				if !id.IsZero() {
 					stats.Data += int64(cs)

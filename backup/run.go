@@ -37,7 +37,10 @@ type Options struct {
 	Tags    []string
 	Full    bool // read everything, even where changes are known
 	Exclude Exclude
-	Program string // version recorded in the point
+	// CompareEvery is after how long a disk of which changes are tracked is read whole once more, and what the source said of its changes
+	// compared with what it holds; zero never does.
+	CompareEvery Duration
+	Program      string // version recorded in the point
 	// LockFor keeps the point from being forgotten for that long; zero does not.
 	LockFor Duration
 	// Start is told of each disk as it begins; the meter it returns is updated
@@ -156,14 +159,16 @@ type run struct {
 
 // plan says how a disk is read.
 type plan struct {
-	base    Base                    // to compare with and to start from; nil when there is none
-	since   string                  // change id; empty reads everything
-	from    Derived                 // knows the changes itself; since says only that they are known
-	data    int64                   // with since: bytes of the parent's disk that are no holes
-	why     string                  // recorded in the point
-	leftOut *store.LeftOut          // of base, what was left out
-	gone    iter.Seq[extent.Extent] // whole chunks that become holes, also where nothing changed; none of them is read; nil for none
-	unit    int                     // bytes; reads are whole multiples of it where the ranges are
+	base     Base                    // to compare with and to start from; nil when there is none
+	compared time.Time               // when the source's tracking was last proven right; zero where that is not known
+	since    string                  // change id; empty reads everything
+	from     Derived                 // knows the changes itself; since says only that they are known
+	data     int64                   // with since: bytes of the parent's disk that are no holes
+	why      string                  // recorded in the point
+	leftOut  *store.LeftOut          // of base, what was left out
+	gone     iter.Seq[extent.Extent] // whole chunks that become holes, also where nothing changed; none of them is read; nil for none
+	told     *told                   // what the source says has changed, to be compared; nil when it is not
+	unit     int                     // bytes; reads are whole multiples of it where the ranges are
 }
 
 func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
@@ -207,6 +212,7 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 		p.why = "full: the disk was resized"
 	default:
 		p.since, p.why, p.data = old.ChangeID, "changes", old.Stats.Data
+		p.compared = old.Compared
 	}
 	return p, nil
 }
@@ -223,9 +229,21 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 		rec.Via = v.Via()
 	}
 	began := r.opt.Now()
+	if d.ChangeID() != "" {
+		rec.Compared = began.UTC().Truncate(time.Second)
+	}
+	if p.since != "" && p.from == nil {
+		if rec.Compared = p.compared; r.due(p.compared) {
+			if p, err = r.compare(ctx, d, p); err != nil {
+				return nil, err
+			}
+			rec.Compared = began.UTC().Truncate(time.Second)
+		}
+	}
 	root, stats, err := r.read(ctx, d, name, p, left)
 	if errors.Is(err, ErrChangesLost) && p.since != "" {
 		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: %v; the whole disk was read", name, err))
+		rec.Compared = began.UTC().Truncate(time.Second)
 		p.since, p.data, p.why = "", 0, "full: change tracking was lost"
 		root, stats, err = r.read(ctx, d, name, p, left)
 	}
@@ -237,6 +255,9 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 	}
 	if err != nil {
 		return nil, err
+	}
+	if w := p.told.warning(); w != "" {
+		rec.Warnings = append(rec.Warnings, name+": "+w)
 	}
 	warning, err := d.Verify()
 	if err != nil {

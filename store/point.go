@@ -59,11 +59,13 @@ type Disk struct {
 	Size     int64    `json:"size"`                // bytes
 	Root     hexBytes `json:"root,omitempty"`      // id of the root page, 32 bytes; absent when the disk is all holes
 	ChangeID string   `json:"change_id,omitempty"` // change tracking of the source at the freeze
-	Read     string   `json:"read"`                // "changes", or "full: why"
-	Via      string   `json:"via,omitempty"`       // which of the source's ways it was read
-	Stats    Stats    `json:"stats"`
-	Warnings []string `json:"warnings,omitempty"`
-	LeftOut  *LeftOut `json:"left_out,omitempty"`
+	// Compared is when the whole disk was last read, in this point or in one that it continues.
+	Compared time.Time `json:"compared,omitzero"`
+	Read     string    `json:"read"`          // "changes", or "full: why"
+	Via      string    `json:"via,omitempty"` // which of the source's ways it was read
+	Stats    Stats     `json:"stats"`
+	Warnings []string  `json:"warnings,omitempty"`
+	LeftOut  *LeftOut  `json:"left_out,omitempty"`
 }
 
 // LeftOut is what of a disk was not read and is stored as holes, because its guest does not need it.

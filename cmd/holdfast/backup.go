@@ -251,12 +251,13 @@ func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source
 		}
 	}()
 	p, err = backup.RunTo(ctx, to, snap, backup.Options{
-		Tags:    c.StringSlice("tag"),
-		Full:    c.Bool("full"),
-		Exclude: c.exclude(vm),
-		Program: programVersion(),
-		LockFor: lock,
-		Now:     c.clock.now,
+		Tags:         c.StringSlice("tag"),
+		Full:         c.Bool("full"),
+		Exclude:      c.exclude(vm),
+		CompareEvery: c.cfg.sources[c.String("source")].compareEvery,
+		Program:      programVersion(),
+		LockFor:      lock,
+		Now:          c.clock.now,
 		Start: func(vm, disk string, total int64) backup.Meter {
 			if running != nil {
 				running.end(nil)

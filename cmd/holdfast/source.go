@@ -22,6 +22,7 @@ type sourceConfig struct {
 	user, passwordFile            string
 	thumbprint, caFile            string
 	tracking, quiesce             string
+	compareEvery                  backup.Duration
 	perDatastore, perHost, atOnce int
 }
 
@@ -35,6 +36,7 @@ func (d configDecoder) sources(to *map[string]sourceConfig) func(key, value *yam
 				"vsphere": d.text(&s.vsphere), "user": d.text(&s.user), "password_file": d.path(&s.passwordFile),
 				"thumbprint": d.text(&s.thumbprint), "ca_file": d.path(&s.caFile),
 				"change_tracking": d.oneOf(&s.tracking, "use", "enable", "off"), "quiesce": d.oneOf(&s.quiesce, "try", "require", "off"),
+				"verify_changes_every":    d.duration(&s.compareEvery),
 				"snapshots_per_datastore": d.count(&s.perDatastore), "snapshots_per_host": d.count(&s.perHost), "vms_at_once": d.count(&s.atOnce),
 				"hyperv": d.unsupported(name), "scp": d.unsupported(name),
 			})
