@@ -239,13 +239,14 @@ type again struct {
 
 // RoundTrip implements soap.RoundTripper.
 func (a *again) RoundTrip(ctx context.Context, req, res soap.HasFault) error {
-	began := time.Now()
-	err := a.next.RoundTrip(ctx, req, res)
-	if !fault.Is(err, &types.NotAuthenticated{}) {
-		return err
+	for n := 1; ; n++ {
+		began := time.Now()
+		err := a.next.RoundTrip(ctx, req, res)
+		if n == attempts || !fault.Is(err, &types.NotAuthenticated{}) {
+			return err
+		}
+		if err := a.client.logInAgain(ctx, began); err != nil {
+			return err
+		}
 	}
-	if err := a.client.logInAgain(ctx, began); err != nil {
-		return err
-	}
-	return a.next.RoundTrip(ctx, req, res)
 }

@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 
 	"github.com/vmware/govmomi/vim25/mo"
@@ -161,7 +163,9 @@ func (s *snapshot) rawFiles(ctx context.Context) ([]backup.ConfigFile, error) {
 	for _, p := range wanted {
 		data, err := s.src.readFile(ctx, dc, p)
 		if err != nil {
-			s.warn(fmt.Sprintf("%s is not in this point: %v", p, err))
+			if p == at || !errors.Is(err, fs.ErrNotExist) {
+				s.warn(fmt.Sprintf("%s is not in this point: %v", p, err))
+			}
 			continue
 		}
 		files = append(files, backup.ConfigFile{Name: path.Base(p.path), Data: data})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"path"
@@ -159,7 +160,7 @@ func (f *remoteFile) readPart(p []byte, off int64) (int, error) {
 	}
 	var from, to, size int64
 	if _, err := fmt.Sscanf(res.Header.Get("Content-Range"), "bytes %d-%d/%d", &from, &to, &size); err != nil || from != off || size != f.size {
-		return 0, final{fmt.Errorf("the server was asked for byte %d of %d and answers %q", off, f.size, res.Header.Get("Content-Range"))}
+		return 0, fmt.Errorf("the server was asked for byte %d of %d and answers %q", off, f.size, res.Header.Get("Content-Range"))
 	}
 	return io.ReadFull(res.Body, p)
 }
@@ -169,7 +170,7 @@ func (f *remoteFile) do(method, ranges string) (*http.Response, error) {
 	if err := f.src.c.enter(f.ctx); err != nil {
 		return nil, err
 	}
-	for again := false; ; again = true {
+	for n := 1; ; n++ {
 		began := time.Now()
 		ctx, cancel := context.WithTimeout(f.ctx, readTime)
 		req, err := http.NewRequestWithContext(ctx, method, f.url.String(), nil)
@@ -182,7 +183,7 @@ func (f *remoteFile) do(method, ranges string) (*http.Response, error) {
 			req.Header.Set("Range", ranges)
 		}
 		res, err := f.src.c.Client.Client.Client.Do(req)
-		if err == nil && res.StatusCode == http.StatusUnauthorized && !again {
+		if err == nil && res.StatusCode == http.StatusUnauthorized && n < attempts {
 			res.Body.Close()
 			cancel()
 			if err := f.src.c.logInAgain(f.ctx, began); err != nil {
@@ -216,8 +217,10 @@ func (a *answer) Close() error {
 func statusError(res *http.Response) error {
 	err := errors.New(res.Status)
 	switch res.StatusCode {
+	case http.StatusOK: // it takes no notice of the range, as a proxy between may do
+		return err
 	case http.StatusNotFound:
-		return final{fmt.Errorf("%w: a datastore without files, as vSAN is, cannot be read so", err)}
+		return final{fmt.Errorf("%w: %w", fs.ErrNotExist, err)}
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return final{fmt.Errorf("%w: %w: Datastore.Browse and Datastore.FileManagement are needed", ErrNoPrivilege, err)}
 	}

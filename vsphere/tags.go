@@ -2,6 +2,7 @@ package vsphere
 
 import (
 	"context"
+	"net/http"
 	"net/url"
 	"slices"
 
@@ -20,7 +21,9 @@ func (s *Source) tagsOf(ctx context.Context, refs []types.ManagedObjectReference
 		return out, nil
 	}
 	rc := rest.NewClient(s.c.Client)
-	if err := rc.Login(ctx, url.UserPassword(s.cfg.User, s.cfg.Password)); err != nil {
+	if err := rc.Login(ctx, url.UserPassword(s.cfg.User, s.cfg.Password)); rest.IsStatusError(err, http.StatusNotFound) {
+		return out, nil // tags came with vCenter 6.0, this way to them with 6.5
+	} else if err != nil {
 		return nil, err
 	}
 	defer rc.Logout(context.WithoutCancel(ctx))
