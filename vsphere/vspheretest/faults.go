@@ -1,0 +1,127 @@
+package vspheretest
+
+import (
+	"time"
+
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+// Faults are what the server does wrong. A number says how often; it counts down. Zero is a server that works.
+type Faults struct {
+	// Snapshots.
+	QuiesceFails       int // CreateSnapshot with quiesce ends with ApplicationQuiesceFault, as a task
+	SnapshotDelay      time.Duration
+	SnapshotFault      types.BaseMethodFault // what SnapshotFails fail with
+	SnapshotFails      int
+	DatastoreFull      bool // CreateSnapshot ends with NoDiskSpace
+	MaxSnapshots       int  // in a chain; 0 for 32, as ESXi has it
+	RemoveDelay        time.Duration
+	RemoveFault        types.BaseMethodFault // what RemoveFails fail with; nil for GenericVmConfigFault
+	RemoveFails        int
+	LeaveConsolidation int // RemoveSnapshot leaves the delta, and consolidationNeeded
+	ConsolidationFails int
+	MethodDelay        map[string]time.Duration // method => before each call of it
+
+	// Changed block tracking.
+	AreasPerPage int                   // instead of the option
+	EmptyPages   bool                  // a page without areas between those with some
+	AreasFault   types.BaseMethodFault // what AreasFails fail with; nil for FileFault
+	AreasFails   int
+	WrongStart   bool // the answer begins somewhere else
+	NoProgress   bool // the answer covers nothing
+	WholeDisk    bool // "*" answers the whole disk, as on NFS
+	NoAllocated  bool // "*" is a FileFault
+	HideChange   bool // the last changed block is left out
+
+	// Sessions and files.
+	LoseSessions  int   // before this many calls or requests all sessions are forgotten
+	FolderCut     int64 // the connection is dropped after this many bytes of a body, FolderCuts times
+	FolderCuts    int
+	FolderStatus  int // such as 500 or 503, FolderFails times
+	FolderFails   int
+	FolderShort   int             // this many bodies end early, and the length says so
+	WrongRange    int             // this many Content-Range say another place
+	FolderIgnores int             // this many requests for a range get the whole file, 200
+	FolderDelay   time.Duration   // before each answer
+	NoFolder      map[string]bool // names of datastores whose disks /folder does not have, as with vSAN: 404
+
+	// Leases.
+	LeaseFault types.BaseMethodFault // the lease ends in the state error; LeaseFails times
+	LeaseFails int
+	LeaseCut   int64 // the connection is dropped after this many bytes, LeaseCuts times
+	LeaseCuts  int
+}
+
+// Misbehave changes the faults. It may be called at any moment.
+func (s *Server) Misbehave(change func(f *Faults)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change(&s.faults)
+}
+
+// take counts a fault down, and says whether it is on.
+func take(n *int) bool {
+	if *n <= 0 {
+		return false
+	}
+	*n--
+	return true
+}
+
+// fault gives what f picks.
+func (s *Server) fault(f func(f *Faults) types.BaseMethodFault) types.BaseMethodFault {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return f(&s.faults)
+}
+
+type areasLies struct {
+	fault                                           types.BaseMethodFault
+	perPage                                         int
+	emptyPages, wrongStart, noProgress, whole, hide bool
+}
+
+func (s *Server) areasFaults(changeID string) areasLies {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := &s.faults
+	l := areasLies{perPage: s.opt.AreasPerPage, emptyPages: f.EmptyPages, wrongStart: f.WrongStart, noProgress: f.NoProgress, whole: f.WholeDisk, hide: f.HideChange}
+	if f.AreasPerPage > 0 {
+		l.perPage = f.AreasPerPage
+	}
+	switch {
+	case take(&f.AreasFails):
+		l.fault = orFault(f.AreasFault, &types.FileFault{File: "[datastore] disk.vmdk"})
+	case changeID == "*" && f.NoAllocated:
+		l.fault = &types.FileFault{File: "[datastore] disk.vmdk"}
+	}
+	return l
+}
+
+func orFault(f, otherwise types.BaseMethodFault) types.BaseMethodFault {
+	if f != nil {
+		return f
+	}
+	return otherwise
+}
+
+// snapshotFault is why a snapshot cannot be made.
+func (s *Server) snapshotFault(quiesce bool, depth int, datastore types.ManagedObjectReference) types.BaseMethodFault {
+	return s.fault(func(f *Faults) types.BaseMethodFault {
+		limit := 32
+		if f.MaxSnapshots > 0 {
+			limit = f.MaxSnapshots
+		}
+		switch {
+		case take(&f.SnapshotFails):
+			return orFault(f.SnapshotFault, &types.GenericVmConfigFault{Reason: "a snapshot cannot be made"})
+		case f.DatastoreFull:
+			return &types.NoDiskSpace{FileFault: types.FileFault{File: "delta"}, Datastore: datastore.Value}
+		case depth >= limit:
+			return &types.TooManySnapshotLevels{}
+		case quiesce && take(&f.QuiesceFails):
+			return &types.ApplicationQuiesceFault{}
+		}
+		return nil
+	})
+}
