@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"reflect"
 	"strings"
 	"sync"
 	"time"
@@ -167,6 +168,11 @@ func reach(u *url.URL, err error) error {
 	return fmt.Errorf("vsphere: %s: %w", u.Host, err)
 }
 
+// plain is a client whose calls are not repeated.
+func (c *client) plain() *vim25.Client {
+	return &vim25.Client{Client: c.Client.Client, ServiceContent: c.ServiceContent, RoundTripper: c.Client.Client}
+}
+
 // logIn begins a session.
 func (c *client) logIn(ctx context.Context) error {
 	c.mu.Lock()
@@ -175,8 +181,7 @@ func (c *client) logIn(ctx context.Context) error {
 }
 
 func (c *client) logInLocked(ctx context.Context) error {
-	plain := &vim25.Client{Client: c.Client.Client, ServiceContent: c.ServiceContent, RoundTripper: c.Client.Client}
-	err := session.NewManager(plain).Login(ctx, url.UserPassword(c.cfg.User, c.cfg.Password))
+	err := session.NewManager(c.plain()).Login(ctx, url.UserPassword(c.cfg.User, c.cfg.Password))
 	switch {
 	case fault.Is(err, &types.InvalidLogin{}):
 		return fmt.Errorf("vsphere: log in to %s as %s: %w", c.URL().Host, c.cfg.User, ErrLogin)
@@ -194,6 +199,8 @@ func (c *client) logInAgain(ctx context.Context, began time.Time) error {
 	if c.login.After(began) {
 		return nil
 	}
+	// Where the server still knows something of the old session it refuses another login in it.
+	_ = session.NewManager(c.plain()).Logout(ctx)
 	return c.logInLocked(ctx)
 }
 
@@ -223,8 +230,7 @@ func (c *client) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	defer c.CloseIdleConnections()
-	plain := &vim25.Client{Client: c.Client.Client, ServiceContent: c.ServiceContent, RoundTripper: c.Client.Client}
-	err := session.NewManager(plain).Logout(ctx)
+	err := session.NewManager(c.plain()).Logout(ctx)
 	if fault.Is(err, &types.NotAuthenticated{}) {
 		return nil
 	}
@@ -248,5 +254,6 @@ func (a *again) RoundTrip(ctx context.Context, req, res soap.HasFault) error {
 		if err := a.client.logInAgain(ctx, began); err != nil {
 			return err
 		}
+		reflect.ValueOf(res).Elem().SetZero() // or the fault would stay in it
 	}
 }

@@ -50,7 +50,7 @@ var pitfalls = []struct {
 	{name: "the session is lost", do: func(r *rig, _ *vspheretest.VM) {
 		r.server.Misbehave(func(f *vspheretest.Faults) { f.LoseSessions = 2 })
 	}},
-	{name: "connections drop", logged: "trying again", do: func(r *rig, _ *vspheretest.VM) {
+	{name: "connections drop", do: func(r *rig, _ *vspheretest.VM) {
 		r.server.Misbehave(func(f *vspheretest.Faults) { f.FolderCut, f.FolderCuts = 10_000, 4 })
 	}},
 	{name: "the file server is overloaded", logged: "503", do: func(r *rig, _ *vspheretest.VM) {

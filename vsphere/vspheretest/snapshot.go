@@ -171,6 +171,7 @@ func (vm *VM) removeSnapshot(ctx *simulator.Context, req *types.RemoveSnapshot_T
 	}
 	ctx.WithLock(sim, func() {
 		ownLayout(sim)
+		sim.LayoutEx.Snapshot = nil // vcsim removes the files with these keys, which are of other files by now
 		_, fault = wait(ctx, obj.RemoveSnapshotTask(ctx, req).(*methods.RemoveSnapshot_TaskBody).Res.Returnval)
 		vm.mendCurrent(ctx, sim, refs)
 	})
