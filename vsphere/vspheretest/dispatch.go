@@ -97,6 +97,8 @@ func (s *Server) wrap(obj mo.Reference) mo.Reference {
 		return &snapshotObject{obj, s}
 	case *simulator.Folder:
 		return &folderObject{obj, s}
+	case *simulator.ResourcePool:
+		return &poolObject{obj, s}
 	}
 	return nil
 }

@@ -140,7 +140,9 @@ func (vm *VM) consolidate() error {
 			if err := up[0].merge(); err != nil {
 				return err
 			}
-			vm.replace(d, up[0], l)
+			if err := vm.replace(d, up[0], l); err != nil {
+				return err
+			}
 			d.drop(up[0])
 		}
 	}
@@ -164,9 +166,16 @@ func (vm *VM) needless(d *disk) *layer {
 }
 
 // replace lets everything that stands on or points to a layer do so to another.
-func (vm *VM) replace(d *disk, old, with *layer) {
+func (vm *VM) replace(d *disk, old, with *layer) error {
+	with.size = old.size
+	if err := with.rewrite(); err != nil {
+		return err
+	}
 	for _, c := range d.children(old) {
 		c.parent = with
+		if err := c.rewrite(); err != nil { // it names its parent
+			return err
+		}
 	}
 	if d.active == old {
 		d.active = with
@@ -176,7 +185,7 @@ func (vm *VM) replace(d *disk, old, with *layer) {
 			f.layer = with
 		}
 	}
-	with.size = old.size
+	return nil
 }
 
 func (d *disk) drop(l *layer) {
@@ -294,7 +303,7 @@ func (vm *VM) refreshLayout(ctx *simulator.Context, sim *simulator.VirtualMachin
 	sim.RefreshStorageInfo(ctx, nil)
 }
 
-// rewrite writes the descriptor again, and makes the extent of a bottom layer as large as the disk.
+// rewrite writes the descriptor again, and makes the bytes as large as the disk.
 func (l *layer) rewrite() error {
 	if err := l.raw.Truncate(l.size); err != nil {
 		return err

@@ -96,8 +96,5 @@ func (d *disk) resize(size int64) error {
 		return nil
 	}
 	d.size, d.active.size = size, size
-	if d.active.isDelta() {
-		return nil
-	}
 	return d.active.rewrite()
 }

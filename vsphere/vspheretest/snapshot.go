@@ -2,6 +2,7 @@ package vspheretest
 
 import (
 	"fmt"
+	"maps"
 
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/methods"
@@ -324,7 +325,7 @@ func (vm *VM) revertDisks(ref types.ManagedObjectReference) error {
 		if len(d.children(old)) == 0 && old.isDelta() {
 			d.drop(old)
 		}
-		if d.allocated = (&frozenDisk{allocated: f.allocated}).allocated; d.track != nil {
+		if d.allocated = maps.Clone(f.allocated); d.track != nil {
 			d.track = newTracking()
 		}
 	}
