@@ -196,6 +196,8 @@ func (s *server) endUnused() {
 const (
 	// startTime bounds the start of nbdkit, which loads VDDK.
 	startTime = time.Minute
+	// openTime bounds each connection: VDDK logs in and opens the disk then, and may look for it on a SAN first.
+	openTime = 3 * time.Minute
 	// stopTime is how long nbdkit may take to end, in which VDDK says goodbye to the host.
 	stopTime = 10 * time.Second
 )
@@ -265,7 +267,7 @@ func (s *server) connect(ctx context.Context, dir string, size int64) error {
 			return err
 		}
 	}
-	client, err := nbd.Dial(ctx, "unix:"+socket(dir), nbd.ClientOptions{Connections: s.o.Connections})
+	client, err := nbd.Dial(ctx, "unix:"+socket(dir), nbd.ClientOptions{Connections: s.o.Connections, Handshake: openTime})
 	if err != nil {
 		return err
 	}
