@@ -8,12 +8,11 @@
 //	n, err := d.ReadAt(p, off)
 //
 // What it promises:
-//   - The password is in no argument and no environment variable. It is in a file that only its owner may read, in a
-//     folder that only he may enter, until nbdkit serves.
+//   - The password is in no argument, no environment variable and no file: nbdkit gets it through a pipe.
 //   - When nbdkit or its connection ends, a disk that is only read starts nbdkit again and repeats the read. A disk that is
 //     written does not: what was written since the last Flush may be lost, and every later call says so.
 //   - nbdkit does not outlive its Disk, nor the process, even one that is killed.
 //
-// It is tested with nbdkit 1.32 and other plugins in the place of the vddk one, whose manual it follows. It has
-// not run with VDDK itself.
+// It is tested with nbdkit 1.32 and other plugins in the place of the vddk one, and once by hand with that one and the stand-in for
+// VDDK of nbdkit's own tests. It has not run with VDDK itself.
 package vddk

@@ -58,7 +58,7 @@ type fake struct {
 }
 
 // newFake makes one that becomes nbdkit with these arguments, after the shell has done what before says. There $run is a
-// folder of this run, $n its number and $password the file of the password.
+// folder of this run and $n its number.
 func newFake(t testing.TB, before string, args ...string) *fake {
 	t.Helper()
 	dir := t.TempDir()
@@ -79,14 +79,15 @@ while [ $i -lt $count ]; do
 	a=$1; shift; i=$((i+1))
 	case "$plugin$a" in
 	vddk) plugin=1 ;;
-	1password=+*) password=${a#password=+} ;;
+	1password=-3) password=1 ;;
 	1*) ;;
+	*/socket) stat -c '%a %U' "${a%/*}" > $run/mode; ls -A "${a%/*}" > $run/files; set -- "$@" "$a" ;;
 	*) set -- "$@" "$a" ;;
 	esac
 done
 if [ -n "$password" ]; then
-	cp "$password" $run/password
-	stat -c '%a %U' "$password" "$(dirname "$password")" > $run/modes
+	cat <&3 > $run/password
+	exec 3< $run/password
 fi
 echo $$ > $run/pid
 ` + before + `

@@ -28,7 +28,7 @@ type Options struct {
 	Port       int    // of HTTPS; 0 for 443
 	NFCPort    int    // of NFC, on the ESXi hosts; 0 for 902
 	User       string
-	Password   string // without a line break
+	Password   string // without a line break, up to 4096 bytes
 	Thumbprint string // SHA-1 of the server's certificate, in hexadecimal, with or without colons; VDDK takes no SHA-256
 	VM         string // managed object id, such as vm-16: as this server has it, an ESXi host has another one
 	Snapshot   string // managed object id; empty for none
@@ -51,12 +51,14 @@ type Options struct {
 const (
 	defaultMaxRead = 2 << 20
 	defaultPause   = time.Second
+	// maxPassword is what any pipe takes without somebody who reads, bytes: pipe(7), "Pipe capacity".
+	maxPassword = 4096
 )
 
 // complete checks o and puts in what was left out.
 func (o Options) complete() (Options, error) {
-	if strings.ContainsAny(o.Password, "\n\x00") {
-		return o, errors.New("a password with a line break cannot be given to nbdkit")
+	if strings.ContainsAny(o.Password, "\n\x00") || len(o.Password) > maxPassword {
+		return o, errors.New("a password with a line break, or so long a one, cannot be given to nbdkit")
 	}
 	if o.File == "" {
 		return o, errors.New("no file")
@@ -114,7 +116,7 @@ func colons(s string) (string, error) {
 }
 
 // parameters are those of the plugin. Each has its name before it, so that a value may begin with anything and hold anything.
-func (o Options) parameters(passwordFile string) (all []string) {
+func (o Options) parameters() (all []string) {
 	add := func(name, value string) {
 		if value != "" {
 			all = append(all, name+"="+value)
@@ -131,9 +133,9 @@ func (o Options) parameters(passwordFile string) (all []string) {
 	port("nfchostport", o.NFCPort)
 	add("user", o.User)
 	if o.Password != "" {
-		// Not password=-FD: the plugin starts nbdkit a second time within the process, to set its library path, and then a pipe
-		// is empty. Measured with nbdkit 1.32.5: of a file it takes the first line, spaces at its ends included.
-		add("password", "+"+passwordFile)
+		// The first of ExtraFiles. Measured with nbdkit 1.32.5: it takes the first line, spaces at its ends included, and hands it on
+		// when it starts itself again, for VDDK's library path.
+		add("password", "-3")
 	}
 	add("thumbprint", o.Thumbprint)
 	if o.VM != "" {
@@ -236,36 +238,47 @@ func privateDir() (string, error) {
 	return os.MkdirTemp(parent, "holdfast-vddk-") // mode 0700
 }
 
-func passwordFile(dir string) string { return filepath.Join(dir, "password") }
-func socket(dir string) string       { return filepath.Join(dir, "socket") }
-func pidFile(dir string) string      { return filepath.Join(dir, "pid") }
+func socket(dir string) string  { return filepath.Join(dir, "socket") }
+func pidFile(dir string) string { return filepath.Join(dir, "pid") }
 
 func (s *server) launch(dir string) (*process, error) {
 	args := []string{"--foreground", "--exit-with-parent", "-U", socket(dir), "--pidfile", pidFile(dir)}
 	if !s.o.Writable {
 		args = append(args, "--readonly")
 	}
-	if s.o.Password != "" {
-		if err := os.WriteFile(passwordFile(dir), []byte(s.o.Password), 0o600); err != nil {
-			return nil, err
-		}
-	}
-	args = append(append(args, s.o.Plugin), s.o.parameters(passwordFile(dir))...)
+	args = append(append(args, s.o.Plugin), s.o.parameters()...)
 	cmd := exec.Command(s.o.Nbdkit, args...)
 	cmd.Env = environment()
 	cmd.Stdout, cmd.Stderr = s.said, s.said
+	if s.o.Password != "" {
+		pipe, err := filled(s.o.Password)
+		if err != nil {
+			return nil, err
+		}
+		defer pipe.Close()
+		cmd.ExtraFiles = []*os.File{pipe}
+	}
 	return startProcess(cmd)
+}
+
+// filled gives the end of a pipe that text can be read from, up to maxPassword bytes.
+func filled(text string) (*os.File, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close()
+	if _, err := w.WriteString(text); err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
 }
 
 // connect waits until nbdkit serves and connects to it.
 func (s *server) connect(ctx context.Context, dir string, size int64) error {
 	if err := s.process.await(ctx, pidFile(dir)); err != nil {
 		return err
-	}
-	if s.o.Password != "" {
-		if err := os.Remove(passwordFile(dir)); err != nil {
-			return err
-		}
 	}
 	client, err := nbd.Dial(ctx, "unix:"+socket(dir), nbd.ClientOptions{Connections: s.o.Connections, Handshake: openTime})
 	if err != nil {

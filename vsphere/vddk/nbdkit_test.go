@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// TestCall looks at how nbdkit is called: with everything that the plugin is to know, and nothing of the password but a private file.
+// TestCall looks at how nbdkit is called: with everything that the plugin is to know, and nothing of the password but a pipe.
 func TestCall(t *testing.T) {
 	need(t, "nbdkit")
 	t.Setenv("SOME_SECRET", secret)
@@ -35,15 +35,18 @@ func TestCall(t *testing.T) {
 	args := fields[2:] // of the shell and the script
 	dir := filepath.Dir(args[3])
 	want := []string{"--foreground", "--exit-with-parent", "-U", dir + "/socket", "--pidfile", dir + "/pid", "--readonly", "vddk",
-		"libdir=/opt/vddk dir", "server=vc.example", "port=8443", "nfchostport=9902", "user=-U=ünï", "password=+" + dir + "/password",
+		"libdir=/opt/vddk dir", "server=vc.example", "port=8443", "nfchostport=9902", "user=-U=ünï", "password=-3",
 		"thumbprint=AB" + strings.Repeat(":AB", 19), "vm=moref=vm-16", "snapshot=snapshot-17",
 		"file=-x [größe=\"1\"] a'b/$(c) \t=d.vmdk", "transports=nbdssl:nbd", "compression=fastlz"}
 	if !slices.Equal(args, want) {
 		t.Errorf("called with\n%q, want\n%q", args, want)
 	}
 	user := strings.TrimSpace(string(mustRun(t, "id", "-un")))
-	if got, want := f.note(1, "modes"), "600 "+user+"\n700 "+user+"\n"; got != want {
-		t.Errorf("modes of the password and its folder: %q, want %q", got, want)
+	if got, want := f.note(1, "mode"), "700 "+user+"\n"; got != want {
+		t.Errorf("mode of the folder: %q, want %q", got, want)
+	}
+	if got := f.note(1, "files"); got != "" {
+		t.Errorf("files in the folder: %q", got)
 	}
 	if f.note(1, "password") != secret {
 		t.Errorf("the password is %q", f.note(1, "password"))
@@ -89,9 +92,8 @@ func TestPasswords(t *testing.T) {
 		http.ServeContent(w, r, "disk", time.Time{}, bytes.NewReader(make([]byte, 4096)))
 	}))
 	defer web.Close()
-	for _, password := range []string{secret, "+x", "-3", " a ", "tab\t", "cr\r", "=", strings.Repeat("long", 500)} {
-		// The password file is named once more: the fake drops what is for the vddk plugin.
-		f := newFake(t, `set -- "$@" curl password=+"$password"`, "url="+web.URL, "user=u")
+	for _, password := range []string{secret, "+x", "-3", " a ", "tab\t", "cr\r", "=", strings.Repeat("long", maxPassword/4)} {
+		f := newFake(t, "", "curl", "password=-3", "url="+web.URL, "user=u")
 		o := f.options()
 		o.Password = password
 		d := open(t, o)
@@ -103,7 +105,7 @@ func TestPasswords(t *testing.T) {
 		d.Close()
 	}
 	f := newFake(t, "", "memory", "1M")
-	for _, password := range []string{"a\nb", "a\x00b"} {
+	for _, password := range []string{"a\nb", "a\x00b", strings.Repeat("x", maxPassword+1)} {
 		o := f.options()
 		if o.Password = password; f.count(t) != 0 {
 			t.Error("nbdkit was started")
@@ -123,6 +125,7 @@ func TestStartFails(t *testing.T) {
 	for _, c := range []struct{ says, hint string }{
 		{"nbdkit: error: cannot open plugin 'vddk': /usr/lib/nbdkit-vddk-plugin.so: cannot open shared object file", "nbdkit-vddk-plugin"},
 		{"nbdkit: error: libvixDiskLib.so.7: cannot open shared object file: No such file or directory", "vmware-vix-disklib-distrib"},
+		{"nbdkit: error: realpath: /opt/vddk: No such file or directory", "vmware-vix-disklib-distrib"},
 		{"nbdkit: debug: VixDiskLibVim: Failed to verify SSL certificate: actual thumbprint=B2 expected=12", "SHA-1"},
 		{"nbdkit: vddk[1]: error: Cannot complete login due to an incorrect user name or password.", "password is wrong"},
 		{"nbdkit: vddk[1]: error: VixDiskLib_Open: [a] b.vmdk: You do not have access rights to this file (Error 13)", "name the snapshot"},

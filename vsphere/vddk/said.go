@@ -66,11 +66,11 @@ var causes = []struct {
 }{
 	{[]string{"cannot open plugin"},
 		"install nbdkit's plugin: nbdkit-vddk-plugin on Fedora and RHEL, nbdkit-plugin-vddk on Debian (after 12) and Ubuntu", true},
-	{[]string{"libvixdisklib"},
+	{[]string{"libvixdisklib", "error: realpath:"},
 		"unpack VDDK, and name its folder vmware-vix-disklib-distrib (the one with lib64 in it)", true},
 	// nbdkit-vddk-plugin(1), "Trick: Get VDDK to tell you the thumbprint".
 	{[]string{"thumbprint"},
-		"the thumbprint is the SHA-1 of the server's certificate: openssl s_client -connect SERVER:443 </dev/null | openssl x509 -fingerprint -sha1 -noout", true},
+		"the thumbprint is the SHA-1 of the server's certificate: openssl s_client -connect SERVER:443 </dev/null | openssl x509 -fingerprint -sha1 -noout", false},
 	// An account may be locked after a few attempts.
 	{[]string{"incorrect user name or password", "invalidlogin", "login failure"},
 		"user name or password is wrong", true},

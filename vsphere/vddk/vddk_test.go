@@ -201,7 +201,7 @@ func TestIdleDeath(t *testing.T) {
 // TestErrorsEnd: a read that fails is tried three times, then the error says what nbdkit said, without the password.
 func TestErrorsEnd(t *testing.T) {
 	need(t, "nbdkit")
-	f := newFake(t, `cat "$password" >&2; echo " is it; NFC error 5 from server: Failed to allocate the requested 2097176 bytes" >&2`,
+	f := newFake(t, `cat $run/password >&2; echo " is it; NFC error 5 from server: Failed to allocate the requested 2097176 bytes" >&2`,
 		"--filter=error", "memory", "1M", "error-pread-rate=100%")
 	var mu sync.Mutex
 	var logged []string
