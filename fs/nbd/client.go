@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -22,6 +23,9 @@ type ClientOptions struct {
 	MetaContexts []string
 	// Connections is how many to use if the server allows several; 0 stands for 1.
 	Connections int
+	// Handshake is how long that of a connection may take, besides the context; 0 stands for 30 seconds. A server that
+	// opens the export only then may be slow.
+	Handshake time.Duration
 }
 
 // Client is an export of a server, as a disk. It is safe for concurrent use:
@@ -40,7 +44,7 @@ type Client struct {
 
 var _ WritableDisk = (*Client)(nil)
 
-// handshakeTime bounds the handshake of a client, besides its context.
+// handshakeTime is the default of ClientOptions.Handshake.
 const handshakeTime = 30 * time.Second
 
 // Dial connects to an export. The server is an NBD URI, unix:PATH or HOST[:PORT].
@@ -68,7 +72,7 @@ func Dial(ctx context.Context, server string, o ClientOptions) (*Client, error) 
 
 // connect adds a connection.
 func (c *Client) connect(ctx context.Context, t target, o ClientOptions) error {
-	h, err := meet(ctx, t, func(h *hello) error { return h.negotiate(o.MetaContexts, t.config(o.TLS)) })
+	h, err := meet(ctx, t, o.Handshake, func(h *hello) error { return h.negotiate(o.MetaContexts, t.config(o.TLS)) })
 	if err != nil {
 		return err
 	}
@@ -85,9 +89,9 @@ func (c *Client) connect(ctx context.Context, t target, o ClientOptions) error {
 	return nil
 }
 
-// meet connects to t and runs talk on the connection, within its time.
-func meet(ctx context.Context, t target, talk func(*hello) error) (*hello, error) {
-	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
+// meet connects to t and runs talk on the connection, within that time.
+func meet(ctx context.Context, t target, within time.Duration, talk func(*hello) error) (*hello, error) {
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(within, handshakeTime))
 	defer cancel()
 	var d net.Dialer
 	nc, err := d.DialContext(ctx, t.network, t.addr)
@@ -112,14 +116,14 @@ type ExportInfo struct {
 	Name, Description string
 }
 
-// List asks a server for its exports. Of the options it uses TLS alone.
+// List asks a server for its exports. Of the options it uses TLS and Handshake alone.
 func List(ctx context.Context, server string, o ClientOptions) ([]ExportInfo, error) {
 	t, err := parseTarget(server)
 	if err != nil {
 		return nil, err
 	}
 	var all []ExportInfo
-	h, err := meet(ctx, t, func(h *hello) error {
+	h, err := meet(ctx, t, o.Handshake, func(h *hello) error {
 		if err := h.greet(); err != nil {
 			return err
 		}

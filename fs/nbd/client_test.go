@@ -126,6 +126,19 @@ func TestClientWrites(t *testing.T) {
 	}
 }
 
+// TestHandshakeTime: a server that opens the export slowly is given the time that it is said to need.
+func TestHandshakeTime(t *testing.T) {
+	path := nbdkit(t, "--filter=delay", "memory", "1M", "delay-open=1")
+	dial(t, "unix:"+path, ClientOptions{Handshake: 10 * time.Second})
+	start := time.Now()
+	if c, err := Dial(context.Background(), "unix:"+path, ClientOptions{Handshake: 100 * time.Millisecond}); err == nil {
+		c.Close()
+		t.Error("the handshake took its time")
+	} else if took := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || took > 900*time.Millisecond {
+		t.Errorf("after %v: %v", took, err)
+	}
+}
+
 // randomOps changes d and model alike, and compares what it reads.
 func randomOps(t testing.TB, d WritableDisk, model []byte, block int64, n int) {
 	t.Helper()
