@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"reflect"
 	"testing"
 	"time"
 
@@ -236,10 +237,11 @@ func wantBytes(t testing.TB, what string, got, want []byte) {
 	t.Fatalf("%s: %d bytes, want %d", what, len(got), len(want))
 }
 
-func wantFault[T any](t testing.TB, what string, err error) {
+// wantFault wants the fault that is a pointer to a T.
+func wantFault[T types.BaseMethodFault](t testing.TB, what string, err error) {
 	t.Helper()
-	var target T
-	if bf, ok := any(&target).(types.BaseMethodFault); !ok || !fault.Is(err, bf) {
+	target := reflect.New(reflect.TypeFor[T]().Elem()).Interface().(T)
+	if !fault.Is(err, target) {
 		t.Fatalf("%s: %v (%T), want %T", what, err, err, target)
 	}
 }

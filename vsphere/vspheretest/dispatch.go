@@ -99,6 +99,10 @@ func (s *Server) wrap(obj mo.Reference) mo.Reference {
 		return &folderObject{obj, s}
 	case *simulator.ResourcePool:
 		return &poolObject{obj, s}
+	case *simulator.HostDatastoreSystem:
+		return &storageObject{obj, s}
+	case *simulator.AuthorizationManager:
+		return &authorizationObject{obj, s}
 	}
 	return nil
 }

@@ -23,15 +23,16 @@ type Faults struct {
 	MethodDelay        map[string]time.Duration // method => before each call of it
 
 	// Changed block tracking.
-	AreasPerPage int                   // instead of the option
-	EmptyPages   bool                  // a page without areas between those with some
-	AreasFault   types.BaseMethodFault // what AreasFails fail with; nil for FileFault
-	AreasFails   int
-	WrongStart   bool // the answer begins somewhere else
-	NoProgress   bool // the answer covers nothing
-	WholeDisk    bool // "*" answers the whole disk, as on NFS
-	NoAllocated  bool // "*" is a FileFault
-	HideChange   bool // the last changed block is left out
+	AreasPerPage       int                   // instead of the option
+	EmptyPages         bool                  // a page without areas between those with some
+	AreasFault         types.BaseMethodFault // what AreasFails fail with; nil for FileFault
+	AreasFails         int
+	WrongStart         bool // the answer begins somewhere else
+	NoProgress         bool // the answer covers nothing
+	WholeDisk          bool // "*" answers the whole disk, as on NFS
+	NoAllocated        bool // "*" is a FileFault
+	HideChange         bool // the last changed block is left out
+	MoveResetsTracking bool // a move to another datastore begins the tracking anew
 
 	// Sessions and files.
 	LoseSessions  int   // before this many calls or requests all sessions are forgotten

@@ -29,6 +29,10 @@ func (s *Server) serveFolder(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
+	if s.isDenied(browse) || s.isDenied(lowLevel) {
+		http.Error(w, "", http.StatusForbidden)
+		return
+	}
 	lies := s.folderFaults(ds.Name, file)
 	s.sleep(lies.delay)
 	if lies.status != 0 {

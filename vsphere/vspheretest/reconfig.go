@@ -22,6 +22,11 @@ func (vm *VM) reconfigure(ctx *simulator.Context, req *types.ReconfigVM_Task) ty
 	if sim == nil {
 		return &types.ManagedObjectNotFound{Obj: vm.ref}
 	}
+	for _, c := range req.Spec.DeviceChange {
+		if spec := c.GetVirtualDeviceConfigSpec(); spec.Operation == types.VirtualDeviceConfigSpecOperationEdit {
+			spec.FileOperation = "" // govmomi says replace, of which vcsim makes an empty file
+		}
+	}
 	var fault types.BaseMethodFault
 	ctx.WithLock(sim, func() {
 		sim.Config.Hardware.Device = clonedDevices(sim.Config.Hardware.Device)

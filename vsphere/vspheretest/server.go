@@ -58,10 +58,11 @@ type Server struct {
 
 // Hooks are called at moments that a test wants to know of, without any lock held. They may use everything here.
 type Hooks struct {
-	OnFrozen func(vm *VM, snapshot string)      // inside CreateSnapshot_Task, when the disks are frozen
-	OnRead   func(file string, off, n int64)    // before /folder answers a GET: "[datastore] path", the range
-	OnCall   func(method string, object *VM)    // before a method of a VM runs
-	OnLease  func(vm *VM, file string, up bool) // before a disk goes through a lease
+	OnFrozen func(vm *VM, snapshot string)                   // inside CreateSnapshot_Task, when the disks are frozen
+	OnRead   func(file string, off, n int64)                 // before /folder answers a GET: "[datastore] path", the range
+	OnMount  func(host, path string) (dir string, err error) // CreateNasDatastore: where on this machine that export is
+	OnCall   func(method string, object *VM)                 // before a method of a VM runs
+	OnLease  func(vm *VM, file string, up bool)              // before a disk goes through a lease
 }
 
 // creating lets one double be built at a time: vcsim builds its inventory through one session that all models of a process share.

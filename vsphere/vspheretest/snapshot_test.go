@@ -112,17 +112,17 @@ func TestChangedAreasRefused(t *testing.T) {
 	d := c.snapshotDisks(s1)[0]
 	id, _, _ := strings.Cut(d.changeID, "/")
 	_, err := c.query(vm, s1, d.key, 0, "52 00 00 00 00 00 00 00-00 00 00 00 00 00 00 00/1")
-	wantFault[types.FileFault](t, "another UUID", err)
+	wantFault[*types.FileFault](t, "another UUID", err)
 	_, err = c.query(vm, s1, d.key, 0, id+"/9")
-	wantFault[types.FileFault](t, "a newer change id", err)
+	wantFault[*types.FileFault](t, "a newer change id", err)
 	_, err = c.query(vm, s1, d.key+1, 0, "*")
-	wantFault[types.InvalidArgument](t, "another key", err)
+	wantFault[*types.InvalidArgument](t, "another key", err)
 	_, err = c.query(vm, s1, d.key, diskSize, "*")
-	wantFault[types.InvalidArgument](t, "behind the end", err)
+	wantFault[*types.InvalidArgument](t, "behind the end", err)
 	vm.ResetTracking(0)
 	s2 := c.snapshot(vm, "two")
 	_, err = c.query(vm, s2, d.key, 0, d.changeID)
-	wantFault[types.FileFault](t, "after a reset", err)
+	wantFault[*types.FileFault](t, "after a reset", err)
 
 	other := s.AddVM(VMSpec{Name: "plain", Disks: []DiskSpec{{Size: diskSize}}})
 	s3 := c.snapshot(other, "one")
@@ -130,7 +130,7 @@ func TestChangedAreasRefused(t *testing.T) {
 		t.Errorf("without tracking the change id is %q", d.changeID)
 	}
 	_, err = c.query(other, s3, other.DiskKey(0), 0, "*")
-	wantFault[types.InvalidArgument](t, "without tracking", err)
+	wantFault[*types.InvalidArgument](t, "without tracking", err)
 }
 
 // Tracking begins at the first snapshot after it was enabled, and not while there is another.

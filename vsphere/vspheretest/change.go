@@ -1,0 +1,113 @@
+package vspheretest
+
+import (
+	"errors"
+	"io"
+
+	"github.com/vmware/govmomi/simulator"
+	"github.com/vmware/govmomi/vim25/methods"
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+// Resize grows a disk, as an administrator does.
+func (vm *VM) Resize(disk int, size int64) {
+	vm.mustChange(func() error {
+		d := vm.disks[disk]
+		if size < d.size {
+			return errors.New("a disk does not shrink")
+		}
+		return d.resize(size)
+	})
+}
+
+// ReplaceDisk puts another disk in the place of one: the file has its name, and nothing else of it.
+func (vm *VM) ReplaceDisk(disk int, content io.ReaderAt) {
+	vm.mustChange(func() error {
+		d := vm.disks[disk]
+		if len(vm.snapshots) > 0 {
+			return errors.New("the VM has a snapshot")
+		}
+		d.track, d.active.uuid = nil, diskUUID()
+		if err := d.load(content); err != nil {
+			return err
+		}
+		return d.active.rewrite()
+	})
+}
+
+// NeedsConsolidation leaves a delta that no snapshot accounts for, as a removal that went wrong does, and says so in the runtime.
+func (vm *VM) NeedsConsolidation() {
+	vm.mustChange(func() error {
+		for _, d := range vm.disks {
+			if !d.dependent {
+				continue
+			}
+			l, err := vm.newDelta(d)
+			if err != nil {
+				return err
+			}
+			d.push(l)
+		}
+		return nil
+	})
+}
+
+// mustChange changes disks, and publishes what came of it.
+func (vm *VM) mustChange(change func() error) {
+	vm.ops.Lock()
+	defer vm.ops.Unlock()
+	vm.mu.Lock()
+	err := change()
+	vm.mu.Unlock()
+	vm.s.must(err)
+	ctx, sim := vm.s.context(), vm.sim()
+	ctx.WithLock(sim, func() { vm.publish(ctx, sim) })
+}
+
+// PowerOff stops the VM.
+func (vm *VM) PowerOff() { vm.power(false) }
+
+// PowerOn starts it.
+func (vm *VM) PowerOn() { vm.power(true) }
+
+func (vm *VM) power(on bool) {
+	ctx, sim := vm.s.context(), vm.sim()
+	var ref types.ManagedObjectReference
+	if on {
+		ref = sim.PowerOnVMTask(ctx, &types.PowerOnVM_Task{This: vm.ref}).(*methods.PowerOnVM_TaskBody).Res.Returnval
+	} else {
+		ref = sim.PowerOffVMTask(ctx, &types.PowerOffVM_Task{This: vm.ref}).(*methods.PowerOffVM_TaskBody).Res.Returnval
+	}
+	if _, fault := wait(ctx, ref); fault != nil {
+		vm.s.t.Fatalf("vspheretest: power %v: %T", on, fault)
+	}
+}
+
+// Describe changes what vcsim says of the VM: the test sets what it likes in a copy of the configuration.
+func (vm *VM) Describe(change func(c *types.VirtualMachineConfigInfo)) {
+	ctx, sim := vm.s.context(), vm.sim()
+	ctx.WithLock(sim, func() {
+		c := cloned(sim.Config)
+		change(c)
+		ctx.Update(sim, []types.PropertyChange{{Name: "config", Val: c}})
+	})
+}
+
+// SetDatastoreType says what kind of file system a datastore has: "VMFS", "NFS", "VVOL". vcsim itself behaves otherwise for "vsan".
+func (s *Server) SetDatastoreType(name, kind string) {
+	ds, err := s.datastore(name)
+	s.must(err)
+	s.changeDatastore(ds, types.PropertyChange{Name: "summary.type", Val: kind})
+}
+
+// SetFreeSpace says how much of a datastore is free, in bytes.
+func (s *Server) SetFreeSpace(name string, n int64) {
+	ds, err := s.datastore(name)
+	s.must(err)
+	s.changeDatastore(ds, types.PropertyChange{Name: "summary.freeSpace", Val: n})
+}
+
+func (s *Server) changeDatastore(ds *simulator.Datastore, change types.PropertyChange) {
+	ctx := s.context()
+	ctx.WithLock(ds, func() { ctx.Update(ds, []types.PropertyChange{change}) })
+}
