@@ -160,6 +160,7 @@ type run struct {
 // plan says how a disk is read.
 type plan struct {
 	base     Base                    // to compare with and to start from; nil when there is none
+	via      string                  // how the parent's disk was read
 	compared time.Time               // when the source's tracking was last proven right; zero where that is not known
 	since    string                  // change id; empty reads everything
 	from     Derived                 // knows the changes itself; since says only that they are known
@@ -190,7 +191,7 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 	if base == nil {
 		return plan{why: "full: chunks of the last point are lost"}, nil
 	}
-	p := plan{base: base, leftOut: old.LeftOut}
+	p := plan{base: base, leftOut: old.LeftOut, via: old.Via}
 	if dd, ok := d.(Derived); ok && old.Size == d.Size() && !r.opt.Full {
 		if id, disk := dd.From(); id == r.draft.Parent().ID && disk == old.Name {
 			return plan{base: base, leftOut: old.LeftOut, since: id.String(), from: dd, why: "changes", data: old.Stats.Data}, nil
@@ -227,6 +228,9 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 	rec := &store.Disk{Name: name, Key: d.Key(), Size: d.Size(), ChangeID: d.ChangeID()}
 	if v, ok := d.(Via); ok {
 		rec.Via = v.Via()
+		if p.via != "" && p.via != rec.Via {
+			rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: read through %s, the last time through %s", name, rec.Via, p.via))
+		}
 	}
 	began := r.opt.Now()
 	if d.ChangeID() != "" {

@@ -43,6 +43,7 @@ type client struct {
 
 	mu    sync.Mutex // guards following
 	login time.Time  // the last one
+	sha1  []byte     // of the server's certificate
 	stop  func()     // of the keep-alive
 }
 
@@ -53,7 +54,8 @@ func connect(ctx context.Context, cfg Config) (*client, error) {
 		return nil, err
 	}
 	sc := soap.NewClient(u, false)
-	if err := trust(sc, cfg); err != nil {
+	c := &client{cfg: cfg, files: make(chan struct{}, fileReads)}
+	if err := c.trust(sc); err != nil {
 		return nil, err
 	}
 	sc.DefaultTransport().MaxIdleConnsPerHost = fileReads + 2
@@ -62,7 +64,7 @@ func connect(ctx context.Context, cfg Config) (*client, error) {
 	if err != nil {
 		return nil, reach(u, err)
 	}
-	c := &client{Client: vc, cfg: cfg, files: make(chan struct{}, fileReads)}
+	c.Client = vc
 	if err := c.logIn(ctx); err != nil {
 		return nil, err
 	}
@@ -107,30 +109,51 @@ func parseURL(s string) (*url.URL, error) {
 }
 
 // trust sets whose certificate is believed: with a thumbprint that one's alone, or else whatever the authorities vouch for.
-func trust(sc *soap.Client, cfg Config) error {
+func (c *client) trust(sc *soap.Client) error {
 	tc := sc.DefaultTransport().TLSClientConfig
 	tc.MinVersion = tls.VersionTLS12
-	if cfg.Thumbprint != "" {
-		want, err := parseThumbprint(cfg.Thumbprint)
-		if err != nil {
+	var want []byte
+	if c.cfg.Thumbprint != "" {
+		var err error
+		if want, err = parseThumbprint(c.cfg.Thumbprint); err != nil {
 			return err
 		}
 		tc.InsecureSkipVerify = true // VerifyConnection decides
-		tc.VerifyConnection = func(s tls.ConnectionState) error { return pinned(s.PeerCertificates, want) }
+	}
+	tc.VerifyConnection = func(s tls.ConnectionState) error { return c.meet(s.PeerCertificates, want) }
+	if want != nil || c.cfg.CAFile == "" {
 		return nil
 	}
-	if cfg.CAFile == "" {
-		return nil
-	}
-	pem, err := os.ReadFile(cfg.CAFile)
+	pem, err := os.ReadFile(c.cfg.CAFile)
 	if err != nil {
 		return fmt.Errorf("vsphere: %w", err)
 	}
 	tc.RootCAs = x509.NewCertPool()
 	if !tc.RootCAs.AppendCertsFromPEM(pem) {
-		return fmt.Errorf("vsphere: %s holds no certificate", cfg.CAFile)
+		return fmt.Errorf("vsphere: %s holds no certificate", c.cfg.CAFile)
 	}
 	return nil
+}
+
+// meet is called for each connection; with want, nobody else has looked at the certificate.
+func (c *client) meet(chain []*x509.Certificate, want []byte) error {
+	if want != nil {
+		if err := pinned(chain, want); err != nil {
+			return err
+		}
+	}
+	sum := sha1.Sum(chain[0].Raw)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sha1 = sum[:]
+	return nil
+}
+
+// thumbprint is the SHA-1 of the server's certificate, the form that VDDK takes.
+func (c *client) thumbprint() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return colons(c.sha1)
 }
 
 // parseThumbprint reads a SHA-1 or SHA-256 in hexadecimal, with or without colons.

@@ -318,12 +318,3 @@ func chainOf(b types.BaseVirtualDeviceBackingInfo) []string {
 	}
 	return files
 }
-
-// openReader opens a disk the way that its datastore allows.
-func (s *Source) openReader(ctx context.Context, snap *snapshot, dev *device) (reader, error) {
-	dc, err := s.datacenter(ctx, snap.vm.ref)
-	if err != nil {
-		return nil, err
-	}
-	return s.openFolder(ctx, dc, dev)
-}

@@ -22,6 +22,10 @@ type Config struct {
 	CAFile         string // certificates of authorities, PEM; empty for the system's
 	Thumbprint     string // SHA-256 or SHA-1 of the only certificate that is believed; empty for none
 
+	// Transport is how disks are read: one of the Transports; empty for the first of them that a disk can be read with.
+	Transport string
+	VDDK      VDDK
+
 	Quiesce  Quiesce
 	Tracking Tracking
 
@@ -35,6 +39,21 @@ type Config struct {
 	Log func(string)
 	// Sleep waits between attempts; nil for the clock's.
 	Sleep func(ctx context.Context, d time.Duration) error
+}
+
+// Transports, in the order in which they are preferred.
+const (
+	TransportVDDK   = "vddk"   // nbdkit with VMware's library, where the user gave that
+	TransportFolder = "folder" // files of datastores over HTTPS; not from vSAN and vVols
+	TransportLease  = "lease"  // an export of the whole disk
+)
+
+// VDDK says where VMware's Virtual Disk Development Kit is, which nobody but VMware may give away.
+type VDDK struct {
+	LibDir      string // the unpacked vmware-vix-disklib-distrib; empty: there is none
+	Nbdkit      string // program; empty for that of the path
+	Transports  string // VDDK's own, such as nbdssl:nbd
+	Compression string // zlib, fastlz or skipz
 }
 
 // Quiesce says whether the guest is asked to bring its files in order before a snapshot.

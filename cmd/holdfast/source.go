@@ -23,6 +23,8 @@ type sourceConfig struct {
 	thumbprint, caFile            string
 	tracking, quiesce             string
 	compareEvery                  backup.Duration
+	transport                     string
+	vddk                          vsphere.VDDK
 	perDatastore, perHost, atOnce int
 }
 
@@ -36,6 +38,9 @@ func (d configDecoder) sources(to *map[string]sourceConfig) func(key, value *yam
 				"vsphere": d.text(&s.vsphere), "user": d.text(&s.user), "password_file": d.path(&s.passwordFile),
 				"thumbprint": d.text(&s.thumbprint), "ca_file": d.path(&s.caFile),
 				"change_tracking": d.oneOf(&s.tracking, "use", "enable", "off"), "quiesce": d.oneOf(&s.quiesce, "try", "require", "off"),
+				"transport":   d.oneOf(&s.transport, "auto", vsphere.TransportVDDK, vsphere.TransportFolder, vsphere.TransportLease),
+				"vddk_libdir": d.path(&s.vddk.LibDir), "vddk_transports": d.text(&s.vddk.Transports), "vddk_compression": d.oneOf(&s.vddk.Compression, "zlib", "fastlz", "skipz"),
+				"nbdkit":                  d.path(&s.vddk.Nbdkit),
 				"verify_changes_every":    d.duration(&s.compareEvery),
 				"snapshots_per_datastore": d.count(&s.perDatastore), "snapshots_per_host": d.count(&s.perHost), "vms_at_once": d.count(&s.atOnce),
 				"hyperv": d.unsupported(name), "scp": d.unsupported(name),
@@ -109,7 +114,11 @@ func (c *call) platformNamed(ctx context.Context, name string) (*vsphere.Source,
 	if err != nil {
 		return nil, s, err
 	}
+	if s.transport == "auto" {
+		s.transport = ""
+	}
 	src, err := vsphere.Connect(ctx, vsphere.Config{
+		Transport: s.transport, VDDK: s.vddk,
 		Name: name, URL: s.vsphere, User: s.user, Password: string(password), CAFile: s.caFile, Thumbprint: s.thumbprint,
 		Quiesce:               map[string]vsphere.Quiesce{"require": vsphere.QuiesceRequire, "off": vsphere.QuiesceOff}[s.quiesce],
 		Tracking:              map[string]vsphere.Tracking{"enable": vsphere.TrackingEnable, "off": vsphere.TrackingOff}[s.tracking],

@@ -1,0 +1,83 @@
+package vsphere_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/vsphere"
+	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
+)
+
+// fakeVDDK is an nbdkit whose vddk plugin reads a local file instead; it notes what it was asked for.
+func fakeVDDK(t *testing.T, flat string) (program, notes string) {
+	t.Helper()
+	if _, err := exec.LookPath("nbdkit"); err != nil {
+		if os.Getenv("HOLDFAST_TEST_ALL") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	dir := t.TempDir()
+	program, notes = filepath.Join(dir, "nbdkit"), filepath.Join(dir, "notes")
+	script := "#!/bin/bash\nprintf '%s\\n' \"$@\" >> '" + notes + "'\nwords=()\nfor a in \"$@\"; do [ \"$a\" = vddk ] && break; words+=(\"$a\"); done\n" +
+		"cat <&3 > '" + notes + ".password'\nexec nbdkit \"${words[@]}\" file '" + flat + "'\n"
+	if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return program, notes
+}
+
+// TestVDDK: disks are read through nbdkit where the user gave VDDK. It is asked for the frozen disk of the snapshot, and gets the password
+// in no argument. Changed blocks are asked for as ever.
+func TestVDDK(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	var notes string
+	r.cfg.VDDK.LibDir = t.TempDir()
+	r.cfg.VDDK.Nbdkit, notes = fakeVDDK(t, vm.File("web-flat.vmdk"))
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	r.wantDisks(p, r.truth(vm))
+	if p.Disks[0].Via != "vddk" {
+		t.Errorf("read through %q", p.Disks[0].Via)
+	}
+	r.write(vm, 3)
+	p = r.mustBackup(src, "web")
+	r.wantDisks(p, r.truth(vm))
+	r.wantRead(p, "changes")
+	for file := range r.server.Counts().FolderBytes {
+		if strings.Contains(file, "-flat") {
+			t.Errorf("%s was read over HTTPS, too", file)
+		}
+	}
+	text, err := os.ReadFile(notes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, port, _ := strings.Cut(r.server.Host(), ":")
+	for _, want := range []string{"--readonly", "server=" + host, "port=" + port, "user=" + r.server.User, "vm=moref=" + vm.Ref().Value, "snapshot=snapshot-", "file=[LocalDS_0] web/web.vmdk", "libdir=" + r.cfg.VDDK.LibDir, "thumbprint="} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("nbdkit was not asked for %q:\n%s", want, text)
+		}
+	}
+	if strings.Contains(string(text), r.server.Password) {
+		t.Error("the password is an argument")
+	}
+	if got, err := os.ReadFile(notes + ".password"); err != nil || strings.TrimSpace(string(got)) != r.server.Password {
+		t.Errorf("nbdkit got the password %q, %v", got, err)
+	}
+	// Another way is not taken silently.
+	r.cfg.VDDK = vsphere.VDDK{}
+	p = r.mustBackup(r.source(), "web")
+	r.wantWarning(p, "read through folder, the last time through vddk")
+	r.wantRead(p, "changes")
+	// Nor when the one that was asked for is not there.
+	r.cfg.VDDK = vsphere.VDDK{LibDir: t.TempDir(), Nbdkit: "/nonexistent/nbdkit"}
+	if _, err := r.source().Freeze(t.Context(), "web"); err == nil || !strings.Contains(err.Error(), "nbdkit") {
+		t.Errorf("without nbdkit: %v", err)
+	}
+	r.nothingLeft(vm)
+}
