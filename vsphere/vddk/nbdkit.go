@@ -58,7 +58,7 @@ const (
 // complete checks o and puts in what was left out.
 func (o Options) complete() (Options, error) {
 	if strings.ContainsAny(o.Password, "\n\x00") || len(o.Password) > maxPassword {
-		return o, errors.New("a password with a line break, or so long a one, cannot be given to nbdkit")
+		return o, errors.New("a password with a line break, or of more than 4096 bytes, cannot be given to nbdkit")
 	}
 	if o.File == "" {
 		return o, errors.New("no file")
