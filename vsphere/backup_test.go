@@ -28,7 +28,7 @@ func TestBackup(t *testing.T) {
 				case <-stop:
 					return
 				case <-time.After(5 * time.Millisecond):
-					if round%2 == 1 {
+					if round%2 == 1 && len(vm.Snapshots()) > 0 {
 						r.write(vm, 1)
 					}
 				}

@@ -1,6 +1,7 @@
 package vsphere_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/vsphere"
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
 )
@@ -72,6 +74,31 @@ var pitfalls = []struct {
 			r.write(vm, 2)
 		}
 	}},
+	{name: "the disk grew", read: "full: the disk was resized", do: func(r *rig, vm *vspheretest.VM) {
+		r.resize(vm, 12*mib)
+		r.write(vm, 3)
+	}},
+	{name: "another disk in its place", read: "full: first backup of this disk", do: func(r *rig, vm *vspheretest.VM) {
+		content := make([]byte, 8*mib)
+		for i := range content {
+			content[i] = byte(i >> 12)
+		}
+		vm.ReplaceDisk(0, bytes.NewReader(content))
+		r.mu.Lock()
+		r.disks[vm][0] = content
+		r.mu.Unlock()
+	}},
+	{name: "it moved to another host", do: func(r *rig, vm *vspheretest.VM) {
+		hosts := r.server.Hosts()
+		vm.MoveToHost(hosts[0])
+		r.write(vm, 1)
+		vm.MoveToHost(hosts[1])
+	}},
+	{name: "its files moved to another datastore", do: func(r *rig, vm *vspheretest.VM) {
+		vm.MoveToDatastore("LocalDS_1")
+		r.write(vm, 1)
+	}},
+	{name: "disks need consolidation", logged: "disks consolidated", do: func(_ *rig, vm *vspheretest.VM) { vm.NeedsConsolidation() }},
 	{name: "the snapshot cannot be removed at once", logged: "could not be removed", do: func(r *rig, _ *vspheretest.VM) {
 		r.server.Misbehave(func(f *vspheretest.Faults) { f.RemoveFails = 2 })
 	}},
@@ -523,3 +550,118 @@ func TestNoSpace(t *testing.T) {
 	}
 	r.nothingLeft(vm)
 }
+
+// TestPrivileges: a privilege that is missing is named, by the check and by the error of who runs into it.
+func TestPrivileges(t *testing.T) {
+	for _, c := range []struct {
+		privilege string
+		fails     bool
+	}{
+		{"VirtualMachine.State.CreateSnapshot", true},
+		{"VirtualMachine.Provisioning.DiskRandomRead", false}, // without it changes are not known: everything is read
+	} {
+		t.Run(c.privilege, func(t *testing.T) {
+			r := newRig(t, vspheretest.Options{})
+			vm := r.add(oneDisk("web"))
+			src := r.source()
+			r.mustBackup(src, "web")
+			r.server.Deny(c.privilege)
+			_, err := r.backup(src, "web", backup.Options{})
+			if c.fails && (!errors.Is(err, vsphere.ErrNoPrivilege) || !strings.Contains(err.Error(), c.privilege)) || !c.fails && err != nil {
+				t.Errorf("a backup: %v", err)
+			}
+			if f := finding(t, src, "privileges"); f.Level != vsphere.Failed || !strings.Contains(f.Text, c.privilege) {
+				t.Errorf("the check says %+v", f)
+			}
+			r.server.Allow(c.privilege)
+			if f := finding(t, src, "privileges"); f.Level != vsphere.OK {
+				t.Errorf("the check says %+v", f)
+			}
+			r.nothingLeft(vm)
+		})
+	}
+}
+
+// finding gives what a check says about something.
+func finding(t *testing.T, src *vsphere.Source, about string) vsphere.Finding {
+	t.Helper()
+	list, err := src.Check(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range list {
+		if f.About == about {
+			return f
+		}
+	}
+	t.Fatalf("the check says nothing about %s: %+v", about, list)
+	return vsphere.Finding{}
+}
+
+// TestCheckChangesNothing: a check only looks.
+func TestCheckChangesNothing(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	r.add(threeDisks("web"))
+	r.server.SetFreeSpace("LocalDS_1", 1)
+	src := r.source()
+	list, err := src.Check(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range list {
+		t.Logf("%+v", f)
+		want := vsphere.OK
+		if f.About == "datastore LocalDS_1" {
+			want = vsphere.Warning
+		}
+		if f.Level != want {
+			t.Errorf("%+v, want %s", f, want)
+		}
+	}
+	for method, n := range r.server.Counts().Calls {
+		switch {
+		case strings.HasPrefix(method, "Retrieve"), strings.HasPrefix(method, "Has"), method == "Login", method == "CurrentTime", method == "CreateContainerView", method == "DestroyView":
+		default:
+			t.Errorf("%s was called %d times", method, n)
+		}
+	}
+}
+
+// TestNoRoomForThePoint: where the repository has no room there is no point, and no snapshot is left.
+func TestNoRoomForThePoint(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	src := r.source()
+	snap, err := src.Freeze(t.Context(), "web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := errors.New("no space left on device")
+	if _, err := backup.RunTo(t.Context(), fullTarget{backup.Local(r.repo), full}, snap, backup.Options{}); !errors.Is(err, full) {
+		t.Errorf("the repository is full: %v", err)
+	}
+	if err := snap.Close(); err != nil {
+		t.Error(err)
+	}
+	r.nothingLeft(vm)
+	p := r.mustBackup(src, "web")
+	r.wantDisks(p, r.truth(vm))
+}
+
+// fullTarget is a target without room.
+type fullTarget struct {
+	backup.Target
+	err error
+}
+
+func (f fullTarget) Begin(ctx context.Context, vm backup.VM) (backup.Draft, error) {
+	d, err := f.Target.Begin(ctx, vm)
+	return fullDraft{d, f.err}, err
+}
+
+type fullDraft struct {
+	backup.Draft
+	err error
+}
+
+func (f fullDraft) Commit(context.Context, *store.Point) error { return f.err }

@@ -167,6 +167,14 @@ func (r *rig) write(vm *vspheretest.VM, writes int) (changed int64) {
 	return changed
 }
 
+// resize makes the only disk of a VM larger.
+func (r *rig) resize(vm *vspheretest.VM, size int64) {
+	vm.Resize(0, size)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.disks[vm][0] = append(r.disks[vm][0], make([]byte, size-int64(len(r.disks[vm][0])))...)
+}
+
 // backup makes a point.
 func (r *rig) backup(src *vsphere.Source, vm string, opt backup.Options) (*store.Point, error) {
 	return r.backupWith(r.t.Context(), src, vm, opt)
