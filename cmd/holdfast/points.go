@@ -136,7 +136,11 @@ func runShow(ctx context.Context, c *call) error {
 		c.out.fields(fields...)
 		t := newTable("DISK", "KEY", ">SIZE", ">DATA", ">NEW", "READ")
 		for _, d := range p.Disks {
-			t.row(d.Name, d.Key, sizeText(d.Size), sizeText(d.Stats.Data), sizeText(d.Stats.New), d.Read)
+			read := d.Read
+			if d.Via != "" {
+				read += ", through " + d.Via
+			}
+			t.row(d.Name, d.Key, sizeText(d.Size), sizeText(d.Stats.Data), sizeText(d.Stats.New), read)
 		}
 		c.out.line("")
 		c.out.table(t)
