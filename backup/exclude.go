@@ -121,7 +121,7 @@ func (r *run) ranges(ctx context.Context, d Disk, name string, p plan, l *leftOu
 		return p.from.Changed(ctx)
 	}
 	unit := int64(r.draft.ChunkSize())
-	list := extent.Coarsen(d.Extents(ctx, p.since), unit, d.Size())
+	list := extent.CoarsenUpTo(d.Extents(ctx, p.since), unit, max(1, jobBytes/unit)*unit, d.Size())
 	// What was left out the last time and is not any more did not need to change for that: a file system may give blocks to a
 	// file after they were written.
 	if p.since != "" && p.leftOut != nil && !l.same(name, p.leftOut) {

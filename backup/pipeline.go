@@ -75,7 +75,7 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 	g.Go(func() error { // plan
 		defer close(toRead)
 		defer close(ordered)
-		for e, err := range extent.Coarsen(ranges, int64(cs), size) {
+		for e, err := range extent.CoarsenUpTo(ranges, int64(cs), int64(perJob*cs), size) {
 			if err != nil {
 				return err
 			}

@@ -14,6 +14,8 @@
 //	img, err := vdisk.OpenChain("/images/vm.vmdk", vdisk.Policy{})
 //	defer img.Close()              // img is a Source: any format, with extents, backing files and parents
 //
+// A streamOptimized VMDK that comes over a connection is read as it comes, by [ReadStreamVMDK].
+//
 // What it promises: a read error of the disk is returned, never papered over
 // with zeros or short data; a damaged image is [ErrCorrupt] with the file and
 // the offset; nothing an image says makes it allocate more than its caches hold.

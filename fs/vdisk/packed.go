@@ -116,6 +116,8 @@ func (c *packedCache) unpack(dst []byte, key packedKey) error {
 // unpacker is what decoding one cluster takes.
 type unpacker struct {
 	in     []byte // at most about 2 clusters
+	out    []byte // of VMDKStream, one grain
+	more   [1]byte
 	src    bytes.Reader
 	inflat io.ReadCloser
 	zlib   io.ReadCloser
@@ -168,9 +170,8 @@ func (u *unpacker) unzlib(dst []byte) (int, error) {
 			return n, err
 		}
 	}
-	var more [1]byte
 	for {
-		k, err := u.zlib.Read(more[:])
+		k, err := u.zlib.Read(u.more[:])
 		if k > 0 {
 			return n, errors.New("gives more than it should")
 		}

@@ -28,7 +28,7 @@ const (
 //
 //	+0  "KDMV"        +20 u64 grain size       +48 u64 redundant directory
 //	+4  u32 version   +28 u64 descriptor       +56 u64 directory
-//	+8  u32 flags     +36 u64 its size         +64 u64 overhead
+//	+8  u32 flags     +36 u64 its size         +64 u64 where the grains begin
 //	+12 u64 capacity  +44 u32 entries a table  +72 u8 unclean, 4 bytes, u16 compression
 //
 // Sizes and places are in sectors in the file, in bytes here.
@@ -41,11 +41,12 @@ type sparseHeader struct {
 	entries   int64 // per grain table
 	redundant int64 // 0: none
 	directory int64
+	grainsAt  int64 // by the field that the specification calls overHead
 	unclean   bool
 }
 
 func readSparseHeader(r io.ReaderAt, size int64) (h sparseHeader, err error) {
-	if h, err = parseSparseHeader(r, size, 0); err != nil {
+	if h, err = readSparseHeaderAt(r, size, 0); err != nil {
 		return h, err
 	}
 	if h.directory == vmdkAtEnd {
@@ -53,15 +54,21 @@ func readSparseHeader(r io.ReaderAt, size int64) (h sparseHeader, err error) {
 		if err != nil {
 			return h, err
 		}
-		if foot.capacity != h.capacity || foot.grain != h.grain || foot.entries != h.entries || foot.flags != h.flags {
-			return h, corrupt("header and footer differ")
-		}
-		h.directory, h.redundant = foot.directory, 0
-		if h.directory == vmdkAtEnd {
-			return h, corrupt("the footer does not say where the grain directory is")
-		}
+		return h, h.take(foot)
 	}
 	return h, nil
+}
+
+// take takes from the footer where the directory is.
+func (h *sparseHeader) take(foot sparseHeader) error {
+	if foot.capacity != h.capacity || foot.grain != h.grain || foot.entries != h.entries || foot.flags != h.flags {
+		return corrupt("header and footer differ")
+	}
+	h.directory, h.redundant = foot.directory, 0
+	if h.directory == vmdkAtEnd {
+		return corrupt("the footer does not say where the grain directory is")
+	}
+	return nil
 }
 
 // readFooter reads the end of a stream: a marker, a copy of the header, and a
@@ -80,7 +87,7 @@ func readFooter(r io.ReaderAt, size int64) (h sparseHeader, err error) {
 	if !marker(b, vmdkMarkFooter) || !hasPrefix(b[sector:], vmdkMagic) || !marker(b[2*sector:], vmdkMarkEnd) || le.Uint64(b[2*sector:]) != 0 {
 		return h, corrupt("no footer at the end: the file was cut off, or has something behind its end")
 	}
-	return parseSparseHeader(r, size, size-2*sector)
+	return readSparseHeaderAt(r, size, size-2*sector)
 }
 
 // Types of markers.
@@ -89,9 +96,12 @@ const (
 	vmdkMarkTable  = 1
 	vmdkMarkDir    = 2
 	vmdkMarkFooter = 3
+	// Not in the specification: where a writer is that meets no data for long. VMware's own writer
+	// makes it, vmware-archive/photon-controller, StreamVmdkWriter.java.
+	vmdkMarkProgress = 4
 )
 
-func parseSparseHeader(r io.ReaderAt, size, at int64) (h sparseHeader, err error) {
+func readSparseHeaderAt(r io.ReaderAt, size, at int64) (h sparseHeader, err error) {
 	b := make([]byte, 80)
 	if size-at < sector {
 		return h, corrupt("a header of %d bytes", size-at)
@@ -99,6 +109,11 @@ func parseSparseHeader(r io.ReaderAt, size, at int64) (h sparseHeader, err error
 	if _, err := readFull(r, b, at); err != nil {
 		return h, fmt.Errorf("reading the header: %w", err)
 	}
+	return parseSparseHeader(b, size)
+}
+
+// parseSparseHeader takes at least 80 bytes of a file of size bytes.
+func parseSparseHeader(b []byte, size int64) (h sparseHeader, err error) {
 	le := binary.LittleEndian
 	if !hasPrefix(b, vmdkMagic) {
 		return h, corrupt("not a sparse extent")
@@ -152,7 +167,7 @@ func (h *sparseHeader) parsePlaces(b []byte, size int64) error {
 	if h.flags&vmdkRedundant != 0 {
 		h.redundant = place(le.Uint64(b[48:]))
 	}
-	h.directory = place(le.Uint64(b[56:]))
+	h.directory, h.grainsAt = place(le.Uint64(b[56:])), place(le.Uint64(b[64:]))
 	if int64(le.Uint64(b[56:])) == vmdkAtEnd {
 		h.directory = vmdkAtEnd
 	}

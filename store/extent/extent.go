@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"fmt"
 	"iter"
+	"math"
 	"slices"
 )
 
@@ -71,27 +72,33 @@ func Total(es []Extent) int64 {
 // merged where they touch and clipped to [0, size). An error of src is passed
 // on and ends the sequence.
 func Coarsen(src iter.Seq2[Extent, error], unit, size int64) iter.Seq2[Extent, error] {
+	return CoarsenUpTo(src, unit, math.MaxInt64, size)
+}
+
+// CoarsenUpTo is Coarsen in ranges of at most limit bytes, a multiple of unit: src is asked for no more
+// than that beyond what was yielded. A src that waits until its ranges are read needs that.
+func CoarsenUpTo(src iter.Seq2[Extent, error], unit, limit, size int64) iter.Seq2[Extent, error] {
 	return func(yield func(Extent, error) bool) {
-		var cur Extent
+		var cur Extent // from the end of what was yielded on
 		for e, err := range src {
 			if err != nil {
 				yield(Extent{}, err)
 				return
 			}
-			e = Intersect(Align(e, unit), Extent{0, size})
+			e = Intersect(Align(e, unit), Extent{cur.Off, size - cur.Off})
 			if e.Empty() {
 				continue
 			}
-			switch {
-			case cur.Empty():
-				cur = e
-			case e.Off <= cur.End():
-				cur.Len = max(cur.End(), e.End()) - cur.Off
-			default:
-				if !yield(cur, nil) {
+			if e.Off > cur.End() {
+				if !cur.Empty() && !yield(cur, nil) {
 					return
 				}
-				cur = e
+				cur.Off, cur.Len = e.Off, 0
+			}
+			for cur.Len = max(cur.End(), e.End()) - cur.Off; cur.Len >= limit; cur = (Extent{cur.Off + limit, cur.Len - limit}) {
+				if !yield(Extent{cur.Off, limit}, nil) {
+					return
+				}
 			}
 		}
 		if !cur.Empty() {

@@ -61,6 +61,27 @@ func TestAgainstBitmap(t *testing.T) {
 		if got := toBits(coarse, size); !slices.Equal(got, want[:]) {
 			t.Fatalf("Coarsen(%v, %d) = %v", es, unit, coarse)
 		}
+		limit := unit * (1 + rnd.Int64N(5))
+		var parts []Extent
+		src := func(yield func(Extent, error) bool) {
+			for i, e := range es {
+				if !yield(e, nil) {
+					return
+				}
+				if Total(es[:i+1])-Total(parts) >= limit {
+					t.Fatalf("CoarsenUpTo(%v, %d, %d) holds %v back behind %v", es, unit, limit, e, parts)
+				}
+			}
+		}
+		for e, err := range CoarsenUpTo(src, unit, limit, size) {
+			if n := len(parts); err != nil || e.Empty() || e.Len > limit || n > 0 && e.Off < parts[n-1].End() {
+				t.Fatalf("CoarsenUpTo(%v, %d, %d): %v, %v after %v", es, unit, limit, e, err, parts)
+			}
+			parts = append(parts, e)
+		}
+		if !slices.Equal(Normalise(parts), coarse) {
+			t.Fatalf("CoarsenUpTo(%v, %d, %d) = %v", es, unit, limit, parts)
+		}
 	}
 }
 
