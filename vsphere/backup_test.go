@@ -1,11 +1,19 @@
 package vsphere_test
 
 import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
 	"testing"
 	"time"
 
+	"github.com/vmware/govmomi/vim25/types"
+
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/vsphere"
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
 )
 
@@ -66,5 +74,71 @@ func TestBackup(t *testing.T) {
 	r.mustBackup(src, "web")
 	if p := r.mustBackup(src, "web"); p.Stats.Read != 0 {
 		t.Errorf("of an unchanged VM %d bytes were read", p.Stats.Read)
+	}
+}
+
+// TestESXi: a host of its own is backed up as a vCenter is.
+func TestESXi(t *testing.T) {
+	r := newRig(t, vspheretest.Options{ESX: true})
+	vm := r.add(oneDisk("web"))
+	src := r.source()
+	r.wantDisks(r.mustBackup(src, "web"), r.truth(vm))
+	r.write(vm, 3)
+	p := r.mustBackup(src, "web")
+	r.wantDisks(p, r.truth(vm))
+	r.wantRead(p, "changes")
+	if len(p.Warnings) > 0 {
+		t.Errorf("warnings %q", p.Warnings)
+	}
+	for _, f := range []string{"privileges", "files", "clock"} {
+		if got := finding(t, src, f); got.Level != vsphere.OK {
+			t.Errorf("the check says %+v", got)
+		}
+	}
+	r.nothingLeft(vm)
+}
+
+// TestConfig: the configuration files of a point are those of the VM, and say where it was.
+func TestConfig(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	spec := threeDisks("web")
+	spec.Firmware, spec.Attributes = "efi", map[string]string{"owner": "ann"}
+	vm := r.add(spec)
+	p := r.mustBackup(r.source(), "web")
+	files := map[string][]byte{}
+	for _, c := range p.Config {
+		img, err := r.repo.OpenConfig(p, c.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[c.Name] = make([]byte, c.Size)
+		if _, err := img.ReadAt(files[c.Name], 0); err != nil && err != io.EOF {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"web.vmx", "web.nvram"} {
+		want, err := os.ReadFile(vm.File(name))
+		if err != nil || !bytes.Equal(files[name], want) {
+			t.Errorf("%s is not that of the VM, %v", name, err)
+		}
+	}
+	var config types.VirtualMachineConfigInfo
+	if err := json.Unmarshal(files["vm.json"], &config); err != nil || config.InstanceUuid != vm.InstanceUUID() || config.Firmware != "efi" {
+		t.Errorf("vm.json is of %q with %q, %v", config.InstanceUuid, config.Firmware, err)
+	}
+	var where struct {
+		Path       string
+		Networks   map[string]string
+		Attributes map[string]string `json:"custom_attributes"`
+	}
+	if err := json.Unmarshal(files["inventory.json"], &where); err != nil || where.Path != "/DC0/vm/prod/web" || where.Attributes["owner"] != "ann" || len(where.Networks) == 0 {
+		t.Errorf("inventory.json says %+v, %v", where, err)
+	}
+	var disks []struct {
+		Disk, Controller string
+		Bus, Unit        int
+	}
+	if err := json.Unmarshal(files["disks.json"], &disks); err != nil || fmt.Sprint(disks) != "[{disk0 lsilogic 0 0} {disk1 lsilogic 0 1} {disk2 pvscsi 1 0}]" {
+		t.Errorf("disks.json says %v, %v", disks, err)
 	}
 }

@@ -19,6 +19,7 @@ type device struct {
 
 	controller, bus, unit int32
 	kind                  string // of its controller: "lsilogic", "pvscsi"…
+	controllerType        string // in the API: "VirtualLsiLogicController"
 	backing               types.BaseVirtualDeviceBackingInfo
 }
 
@@ -51,7 +52,7 @@ func deviceOf(disk *types.VirtualDisk, c types.BaseVirtualController) device {
 		d.unit = *disk.UnitNumber
 	}
 	if c != nil {
-		d.bus, d.kind = c.GetVirtualController().BusNumber, controllerKind(c)
+		d.bus, d.kind, d.controllerType = c.GetVirtualController().BusNumber, controllerKind(c), typeName(c)
 	}
 	mode, sharing, encrypted := d.readBacking()
 	switch {

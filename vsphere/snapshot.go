@@ -22,10 +22,11 @@ type snapshot struct {
 	disks       []*disk
 	warnings    []string
 
-	name    string                        // of the snapshot; empty for a template
-	ref     *types.ManagedObjectReference // nil: none
-	entry   *backup.JournalEntry
-	release func() // of the limits
+	exported *export                       // nil: none
+	name     string                        // of the snapshot; empty for a template
+	ref      *types.ManagedObjectReference // nil: none
+	entry    *backup.JournalEntry
+	release  func() // of the limits
 
 	close sync.Once
 	err   error // of close
@@ -76,6 +77,9 @@ func (s *snapshot) open(ctx context.Context) error {
 		if d.reader, err = s.src.openReader(ctx, s, &dev); err != nil {
 			return s.vm.failed("open "+dev.label, err)
 		}
+		if d.untracked == "" && d.reader.Via() == TransportLease {
+			d.untracked = "the host exports whole disks"
+		}
 		s.disks = append(s.disks, d)
 	}
 	// What an independent disk is the snapshot may not say.
@@ -119,6 +123,11 @@ func (s *snapshot) Close() error {
 		var errs []error
 		for _, d := range s.disks {
 			errs = append(errs, d.reader.Close())
+		}
+		if s.exported != nil {
+			if err := s.exported.close(); err != nil {
+				s.src.logf("%s: the export lease ends with %v", s.vm.Path, err)
+			}
 		}
 		if err := s.remove(); err != nil {
 			errs = append(errs, fmt.Errorf("vsphere: %s: remove snapshot %s: %w", s.vm.Path, s.name, missing(err)))

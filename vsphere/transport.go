@@ -27,6 +27,8 @@ func (s *Source) openReader(ctx context.Context, snap *snapshot, dev *device) (r
 			return nil, err
 		}
 		return s.openFolder(ctx, dc, dev)
+	case TransportLease:
+		return s.openLease(ctx, snap, dev)
 	}
 	return nil, fmt.Errorf("transport %q is not known", how)
 }

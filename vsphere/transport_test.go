@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/vsphere"
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
 )
@@ -28,6 +29,49 @@ func fakeVDDK(t *testing.T, flat string) (program, notes string) {
 		t.Fatal(err)
 	}
 	return program, notes
+}
+
+// TestLease: where a datastore has no files the host exports whole disks.
+func TestLease(t *testing.T) {
+	if _, err := exec.LookPath("qemu-img"); err != nil && os.Getenv("HOLDFAST_TEST_ALL") != "1" {
+		t.Skip(err)
+	}
+	for _, esx := range []bool{false, true} {
+		t.Run(map[bool]string{false: "vCenter", true: "ESXi"}[esx], func(t *testing.T) {
+			r := newRig(t, vspheretest.Options{ESX: esx})
+			spec := threeDisks("web")
+			if esx {
+				spec.Folder = ""
+			}
+			vm := r.add(spec)
+			for _, name := range r.server.Datastores() {
+				r.server.SetDatastoreType(name, "vsan")
+			}
+			r.server.Misbehave(func(f *vspheretest.Faults) { f.LeaseCut, f.LeaseCuts = 300_000, 2 })
+			src := r.source()
+			p := r.mustBackup(src, "web")
+			r.wantDisks(p, r.truth(vm))
+			if p.Disks[0].Via != "lease" {
+				t.Errorf("read through %q", p.Disks[0].Via)
+			}
+			r.write(vm, 2)
+			p = r.mustBackup(src, "web")
+			r.wantDisks(p, r.truth(vm))
+			r.wantRead(p, "full: the host exports whole disks")
+			if p.Stats.New > 4*mib {
+				t.Errorf("%d bytes are new", p.Stats.New)
+			}
+			r.nothingLeft(vm)
+			if n := r.server.Counts().OpenLeases; n != 0 {
+				t.Errorf("%d leases are open", n)
+			}
+			r.server.Misbehave(func(f *vspheretest.Faults) { f.LeaseFails = 1 })
+			if _, err := r.backup(src, "web", backup.Options{}); err == nil {
+				t.Error("the lease failed")
+			}
+			r.nothingLeft(vm)
+		})
+	}
 }
 
 // TestVDDK: disks are read through nbdkit where the user gave VDDK. It is asked for the frozen disk of the snapshot, and gets the password
