@@ -102,6 +102,7 @@ func TestESXi(t *testing.T) {
 func TestConfig(t *testing.T) {
 	r := newRig(t, vspheretest.Options{})
 	spec := threeDisks("web")
+	spec.Networks = []string{"VM Network"}
 	spec.Firmware, spec.Attributes = "efi", map[string]string{"owner": "ann"}
 	vm := r.add(spec)
 	p := r.mustBackup(r.source(), "web")
@@ -123,7 +124,7 @@ func TestConfig(t *testing.T) {
 		}
 	}
 	var config types.VirtualMachineConfigInfo
-	if err := json.Unmarshal(files["vm.json"], &config); err != nil || config.InstanceUuid != vm.InstanceUUID() || config.Firmware != "efi" {
+	if err := types.NewJSONDecoder(bytes.NewReader(files["vm.json"])).Decode(&config); err != nil || config.InstanceUuid != vm.InstanceUUID() || config.Firmware != "efi" || len(config.Hardware.Device) < 6 {
 		t.Errorf("vm.json is of %q with %q, %v", config.InstanceUuid, config.Firmware, err)
 	}
 	var where struct {

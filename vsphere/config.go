@@ -1,6 +1,7 @@
 package vsphere
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -30,10 +31,19 @@ func (s *snapshot) Config(ctx context.Context) ([]backup.ConfigFile, error) {
 		return nil, s.vm.failed("read where it is in the inventory", err)
 	}
 	var files []backup.ConfigFile
+	// In what is of the API each type has its name, or else nobody could read it back.
+	var text, indented bytes.Buffer
+	if err := types.NewJSONEncoder(&text).Encode(config); err != nil {
+		return nil, err
+	}
+	if err := json.Indent(&indented, text.Bytes(), "", "  "); err != nil {
+		return nil, err
+	}
+	files = append(files, backup.ConfigFile{Name: "vm.json", Data: indented.Bytes()})
 	for _, f := range []struct {
 		name string
 		data any
-	}{{"vm.json", &config}, {"inventory.json", where}, {"disks.json", s.mapping()}} {
+	}{{"inventory.json", where}, {"disks.json", s.mapping()}} {
 		text, err := json.MarshalIndent(f.data, "", "  ")
 		if err != nil {
 			return nil, err
