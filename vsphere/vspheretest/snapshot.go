@@ -3,6 +3,7 @@ package vspheretest
 import (
 	"fmt"
 	"maps"
+	"os"
 
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/methods"
@@ -67,6 +68,7 @@ func (vm *VM) createSnapshot(ctx *simulator.Context, req *types.CreateSnapshot_T
 		if client {
 			snap.counted = vm.gaugeKeys(ctx, sim)
 		}
+		snap.file = snapshotFile(sim, res.(types.ManagedObjectReference))
 		vm.mu.Lock()
 		vm.snapshots[res.(types.ManagedObjectReference)] = snap
 		vm.mu.Unlock()
@@ -171,7 +173,7 @@ func (vm *VM) removeSnapshot(ctx *simulator.Context, req *types.RemoveSnapshot_T
 		refs = below(vm.tree(ctx), req.This, false)
 	}
 	ctx.WithLock(sim, func() {
-		ownLayout(sim)
+		vm.refreshLayout(ctx, sim)
 		_, fault = wait(ctx, obj.RemoveSnapshotTask(ctx, req).(*methods.RemoveSnapshot_TaskBody).Res.Returnval)
 		vm.mendCurrent(ctx, sim, refs)
 	})
@@ -228,6 +230,9 @@ func (vm *VM) forget(ctx *simulator.Context, refs []types.ManagedObjectReference
 		vm.mu.Unlock()
 		if snap == nil {
 			continue
+		}
+		if snap.file != "" {
+			_ = os.Remove(vm.File(snap.file))
 		}
 		for _, key := range snap.counted {
 			vm.s.count(func(c *counters) { c.snapshots.add(key, -1) })

@@ -36,6 +36,7 @@ type VM struct {
 type snapshot struct {
 	name     string
 	quiesced bool
+	file     string   // the .vmsn
 	counted  []string // keys of the gauge
 	disks    map[int32]*frozenDisk
 }
