@@ -93,8 +93,10 @@ func (vm *VM) refuseSnapshot(ctx *simulator.Context, sim *simulator.VirtualMachi
 		return &types.NotSupported{}
 	}
 	vm.mu.Lock()
-	depth := len(vm.snapshots)
-	on := vm.on
+	depth, on := 0, vm.on
+	for _, d := range vm.disks {
+		depth = max(depth, len(d.layers)-1)
+	}
 	vm.mu.Unlock()
 	return vm.s.snapshotFault(quiesce && on, depth, datastore)
 }
