@@ -3,6 +3,7 @@ package vspheretest
 import (
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path"
@@ -20,13 +21,14 @@ import (
 func (s *Server) AddVM(spec VMSpec) *VM {
 	s.t.Helper()
 	ctx := s.context()
-	dir, err := s.newDirectory(spec)
+	stem := plainName(spec.Name)
+	dir, err := s.newDirectory(spec.Datastore, stem)
 	s.must(err)
 	var bases []*layer
 	for i, d := range spec.Disks {
-		name := spec.Name + ".vmdk"
+		name := stem + ".vmdk"
 		if i > 0 {
-			name = fmt.Sprintf("%s_%d.vmdk", spec.Name, i)
+			name = fmt.Sprintf("%s_%d.vmdk", stem, i)
 		}
 		l := &layer{dir: dir, name: name, kind: d.kind(), size: d.Size, uuid: diskUUID(), cid: 0xfffffffe}
 		s.must(l.create(d.Content))
@@ -37,12 +39,12 @@ func (s *Server) AddVM(spec VMSpec) *VM {
 	s.must(err)
 	pool, err := s.pool(ctx, spec.Pool)
 	s.must(err)
-	req := &types.CreateVM_Task{This: folder.Self, Config: s.configSpec(spec, dir, bases), Pool: pool, Host: s.host(spec.Host)}
-	res, fault := wait(ctx, folder.CreateVMTask(ctx, req).(*methods.CreateVM_TaskBody).Res.Returnval)
+	req := &types.CreateVM_Task{This: folder.Self, Config: s.configSpec(spec, dir.ref(stem+".vmx"), bases), Pool: pool, Host: s.host(spec.Host)}
+	ref, fault := makeVM(ctx, folder, req)
 	if fault != nil {
 		s.t.Fatalf("vspheretest: create %s: %T %+v", spec.Name, fault, fault)
 	}
-	vm, err := s.adopt(ctx, res.(types.ManagedObjectReference))
+	vm, err := s.adopt(ctx, ref)
 	s.must(err)
 	for i, d := range spec.Disks {
 		vm.disks[i].thick = d.Thick
@@ -58,6 +60,9 @@ func (vm *VM) finish(ctx *simulator.Context, spec VMSpec) error {
 		if err := vm.s.setAttribute(ctx, sim, name, spec.Attributes[name]); err != nil {
 			return err
 		}
+	}
+	if err := vm.s.setTags(vm.ref, spec.Tags); err != nil {
+		return err
 	}
 	if err := os.WriteFile(vm.dir.file(vm.fileName(".nvram")), randomBytes(8684), 0o600); err != nil {
 		return err
@@ -82,18 +87,18 @@ func (vm *VM) finish(ctx *simulator.Context, spec VMSpec) error {
 }
 
 // newDirectory makes the folder of a VM: its name, or its name and a number.
-func (s *Server) newDirectory(spec VMSpec) (*directory, error) {
-	ds, err := s.datastore(spec.Datastore)
+func (s *Server) newDirectory(datastore, name string) (*directory, error) {
+	ds, err := s.datastore(datastore)
 	if err != nil {
 		return nil, err
 	}
-	d := &directory{datastore: ds.Name, root: ds.Summary.Url, path: spec.Name}
+	d := &directory{datastore: ds.Name, root: ds.Summary.Url, path: name}
 	for i := 1; ; i++ {
 		err := os.Mkdir(d.file(""), 0o700)
 		if !errors.Is(err, os.ErrExist) {
 			return d, err
 		}
-		d.path = fmt.Sprintf("%s_%d", spec.Name, i)
+		d.path = fmt.Sprintf("%s_%d", name, i)
 	}
 }
 
@@ -111,13 +116,12 @@ func (s *Server) datastore(name string) (*simulator.Datastore, error) {
 	return nil, fmt.Errorf("no datastore %q", name)
 }
 
-func (s *Server) configSpec(spec VMSpec, dir *directory, bases []*layer) types.VirtualMachineConfigSpec {
+func (s *Server) configSpec(spec VMSpec, vmx string, bases []*layer) types.VirtualMachineConfigSpec {
 	c := types.VirtualMachineConfigSpec{
 		Name: spec.Name, GuestId: spec.GuestID, Firmware: spec.Firmware, NumCPUs: spec.CPUs, MemoryMB: spec.Memory,
 		Annotation: spec.Annotation, Uuid: spec.UUID, InstanceUuid: spec.InstanceUUID, Version: "vmx-19",
-		Files: &types.VirtualMachineFileInfo{VmPathName: dir.ref(path.Base(dir.path) + ".vmx")},
+		Files: &types.VirtualMachineFileInfo{VmPathName: vmx},
 	}
-	c.Files.VmPathName = dir.ref(spec.Name + ".vmx")
 	setDefault(&c.GuestId, string(types.VirtualMachineGuestOsIdentifierOtherLinux64Guest))
 	setDefault(&c.Firmware, "bios")
 	setDefault(&c.Uuid, newUUID())
@@ -179,9 +183,7 @@ func (s *Server) networkBacking(name string) types.BaseVirtualDeviceBackingInfo 
 }
 
 // create makes the files of a bottom layer.
-func (l *layer) create(content interface {
-	ReadAt(p []byte, off int64) (int, error)
-}) error {
+func (l *layer) create(content io.ReaderAt) error {
 	f, err := os.OpenFile(l.dir.file(l.extent()), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err

@@ -2,6 +2,8 @@ package vspheretest
 
 import (
 	"fmt"
+	"regexp"
+	"strings"
 
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/methods"
@@ -30,11 +32,53 @@ func (s *Server) createVM(ctx *simulator.Context, folder *simulator.Folder, req 
 			b.ChangeId = "" // the server's to say
 		}
 	}
-	res, fault := wait(ctx, folder.CreateVMTask(ctx, req).(*methods.CreateVM_TaskBody).Res.Returnval)
+	ref, fault := makeVM(ctx, folder, req)
 	if fault != nil {
 		return nil, fault
 	}
-	return s.adoptNew(ctx, res.(types.ManagedObjectReference))
+	return s.adoptNew(ctx, ref)
+}
+
+// special are the characters that an inventory name has in another form, and that form itself, which stays (ManagedEntity.name,
+// vSphere API).
+var special = regexp.MustCompile(`%2[fF]|%5[cC]|%25|[%/\\]`)
+
+// inventoryName is a name as the inventory has it.
+func inventoryName(name string) string {
+	return special.ReplaceAllStringFunc(name, func(s string) string {
+		if len(s) == 1 {
+			return fmt.Sprintf("%%%02x", s[0])
+		}
+		return s
+	})
+}
+
+// makeVM lets vcsim make a VM. With special characters in the name it would add each device twice: it gets that name afterwards.
+func makeVM(ctx *simulator.Context, folder *simulator.Folder, req *types.CreateVM_Task) (ref types.ManagedObjectReference, fault types.BaseMethodFault) {
+	name := inventoryName(req.Config.Name)
+	if name != req.Config.Name {
+		req.Config.Name = plainName(req.Config.Name)
+	}
+	res, fault := wait(ctx, folder.CreateVMTask(ctx, req).(*methods.CreateVM_TaskBody).Res.Returnval)
+	if fault != nil {
+		return ref, fault
+	}
+	ref = res.(types.ManagedObjectReference)
+	if name != req.Config.Name {
+		setName(ctx, ctx.Map.Get(ref).(*simulator.VirtualMachine), name)
+	}
+	return ref, nil
+}
+
+func setName(ctx *simulator.Context, sim *simulator.VirtualMachine, name string) {
+	ctx.WithLock(sim, func() {
+		ctx.Update(sim, []types.PropertyChange{{Name: "name", Val: name}, {Name: "config.name", Val: name}, {Name: "summary.config.name", Val: name}})
+	})
+}
+
+// plainName is a name as files have it.
+func plainName(name string) string {
+	return strings.NewReplacer("%", "_", "/", "_", `\`, "_").Replace(name)
 }
 
 // adoptNew takes over a VM that vcsim has just made.

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vmware/govmomi/find"
 	"github.com/vmware/govmomi/object"
+	"github.com/vmware/govmomi/vapi/rest"
+	"github.com/vmware/govmomi/vapi/tags"
 	"github.com/vmware/govmomi/vim25/methods"
 	"github.com/vmware/govmomi/vim25/mo"
 	"github.com/vmware/govmomi/vim25/types"
@@ -57,6 +59,7 @@ func TestAddVM(t *testing.T) {
 		}
 		if !o.ESX {
 			spec.Folder, spec.Pool, spec.Attributes = "Production/Web", "Gold", map[string]string{"owner": "ops"}
+			spec.Tags = map[string]string{"tier": "gold"}
 		}
 		vm := s.AddVM(spec)
 		c := connect(t, s)
@@ -103,6 +106,12 @@ func TestAddVM(t *testing.T) {
 			if twin := s.AddVM(VMSpec{Name: "web 01", Folder: "Other"}); twin.Ref() == vm.Ref() || twin.FilePath("x") == vm.FilePath("x") {
 				t.Error("two VMs of one name are one")
 			}
+			slash := s.AddVM(VMSpec{Name: "a/b", Disks: []DiskSpec{{Size: 1 << 20}}})
+			c.properties(slash.Ref(), []string{"name"}, &m)
+			if m.Name != "a%2fb" || slash.FilePath("a_b.vmdk") != c.liveDisks(slash)[0].file {
+				t.Errorf("a VM with a slash is %q, %+v", m.Name, c.liveDisks(slash))
+			}
+			c.wantTag(vm, "gold")
 		}
 	}
 }
@@ -342,4 +351,53 @@ func TestNASDatastore(t *testing.T) {
 	if err != nil || len(left) != 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
+}
+
+func (c *client) wantTag(vm *VM, name string) {
+	c.t.Helper()
+	rc := rest.NewClient(c.Client.Client)
+	if err := rc.Login(c.ctx, c.s.URLWithUser().User); err != nil {
+		c.t.Fatal(err)
+	}
+	attached, err := tags.NewManager(rc).GetAttachedTags(c.ctx, vm.Ref())
+	if err != nil || len(attached) != 1 || attached[0].Name != name {
+		c.t.Errorf("tags %+v, %v; want %s", attached, err, name)
+	}
+}
+
+func TestInventoryName(t *testing.T) {
+	for name, want := range map[string]string{"web01": "web01", "a/b": "a%2fb", "a%2fb": "a%2fb", "50%": "50%25", `a\b%20`: "a%5cb%2520", "%5C%25": "%5C%25"} {
+		if got := inventoryName(name); got != want {
+			t.Errorf("%q is %q, want %q", name, got, want)
+		}
+	}
+}
+
+// A disk of 3 TiB costs what is on it.
+func TestLargeDisk(t *testing.T) {
+	const size = 3<<40 + 1024
+	s := New(t, Options{})
+	vm := s.AddVM(VMSpec{Name: "big", ChangeTracking: true, Disks: []DiskSpec{{Size: size}}})
+	c := connect(t, s)
+	vm.WriteAt(0, noise(1, 1024), size-1024)
+	s1 := c.snapshot(vm, "one")
+	d := c.snapshotDisks(s1)[0]
+	last := extent.Extent{Off: 3 << 40, Len: 1024}
+	if es, _, err := c.areas(vm, s1, d, "*"); err != nil || !slices.Equal(es, []extent.Extent{last}) {
+		t.Errorf("allocated: %v, %v", es, err)
+	}
+	wantBytes(t, "the end", s.readRange(t, flatOf(d.file), last), noise(1, 1024))
+	vm.WriteAt(0, noise(2, 512), 5<<39)
+	s2 := c.snapshot(vm, "two")
+	if es, _, err := c.areas(vm, s2, d, d.changeID); err != nil || !slices.Equal(es, []extent.Extent{{Off: 5 << 39, Len: unit}}) {
+		t.Errorf("changed: %v, %v", es, err)
+	}
+	c.removeSnapshot(s1)
+	c.removeSnapshot(s2)
+	vm.MoveToDatastore("LocalDS_1")
+	b := make([]byte, 512)
+	if _, err := vm.ReadAt(0, b, 5<<39); err != nil {
+		t.Fatal(err)
+	}
+	wantBytes(t, "in the middle", b, noise(2, 512))
 }

@@ -255,13 +255,13 @@ func (d *disk) changed(u int64) {
 	}
 }
 
-// scan finds out what is allocated: what is not zero.
+// scan finds out what is allocated on a disk without deltas: what is not zero.
 func (d *disk) scan() error {
 	d.allocated = map[int64]bool{}
 	b := make([]byte, unit)
-	return eachData(d.active, d.size, func(off int64) error {
+	return eachData(d.active.raw, d.size, func(off int64) error {
 		p := b[:min(unit, d.size-off)]
-		if _, err := d.active.ReadAt(p, off); err != nil && !errors.Is(err, io.EOF) {
+		if err := readFull(d.active.raw, p, off); err != nil {
 			return err
 		}
 		if !isZero(p) {

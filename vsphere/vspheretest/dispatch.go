@@ -56,7 +56,7 @@ func (s *Server) dispatch(ctx *simulator.Context, m *simulator.Method) (mo.Refer
 		}
 		return nil, notAuthenticated
 	}
-	if fault := s.denies(ctx, m); fault != nil {
+	if fault := s.denies(m); fault != nil {
 		return nil, fault
 	}
 	s.mu.Lock()
@@ -142,8 +142,6 @@ func (w *watcher) RemoveObject(ctx *simulator.Context, ref types.ManagedObjectRe
 		session.Remove(ctx, ref)
 	}
 }
-
-// Sessions.
 
 func (s *Server) validLogin(req *types.Login) bool {
 	if !s.validPassword(req.UserName, req.Password) {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -298,9 +299,35 @@ func ownLayout(sim *simulator.VirtualMachine) {
 	sim.Layout, sim.LayoutEx, sim.Storage = cloned(sim.Layout), cloned(sim.LayoutEx), cloned(sim.Storage)
 }
 
+// refreshLayout lets vcsim list the files again. That gives them new keys, by which vcsim would delete the wrong ones with a snapshot:
+// the keys in the snapshots' layouts follow.
 func (vm *VM) refreshLayout(ctx *simulator.Context, sim *simulator.VirtualMachine) {
 	ownLayout(sim)
 	sim.RefreshStorageInfo(ctx, nil)
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	for i := range sim.LayoutEx.Snapshot {
+		layout := &sim.LayoutEx.Snapshot[i]
+		layout.DataKey = -1
+		snap := vm.snapshots[layout.Key]
+		for _, f := range sim.LayoutEx.File {
+			if snap != nil && f.Name == vm.dir.ref(snap.file) {
+				layout.DataKey = f.Key
+			}
+		}
+	}
+}
+
+// snapshotFile is the name of the file that vcsim made for a snapshot.
+func snapshotFile(sim *simulator.VirtualMachine, ref types.ManagedObjectReference) string {
+	for _, layout := range sim.LayoutEx.Snapshot {
+		for _, f := range sim.LayoutEx.File {
+			if layout.Key == ref && f.Key == layout.DataKey {
+				return path.Base(f.Name)
+			}
+		}
+	}
+	return ""
 }
 
 // rewrite writes the descriptor again, and makes the bytes as large as the disk.

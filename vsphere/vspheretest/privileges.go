@@ -69,14 +69,15 @@ func (s *Server) isDenied(privilege string) bool {
 }
 
 // denies says which privilege a call lacks.
-func (s *Server) denies(_ *simulator.Context, m *simulator.Method) types.BaseMethodFault {
+func (s *Server) denies(m *simulator.Method) types.BaseMethodFault {
 	needs := required[m.Name]
 	if req, ok := m.Body.(*types.ReconfigVM_Task); ok {
 		needs = reconfigNeeds(&req.Spec)
 	}
 	for _, p := range needs {
 		if s.isDenied(p) {
-			return &types.NoPermission{Object: &m.This, PrivilegeId: p}
+			missing := []types.NoPermissionEntityPrivileges{{Entity: m.This, PrivilegeIds: []string{p}}}
+			return &types.NoPermission{Object: &m.This, PrivilegeId: p, MissingPrivileges: missing}
 		}
 	}
 	return nil

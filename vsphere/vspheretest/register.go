@@ -43,6 +43,8 @@ func (s *Server) register(ctx *simulator.Context, folder *simulator.Folder, req 
 	if req.Name == "" {
 		req.Name = spec.Name
 	}
+	name = inventoryName(req.Name)
+	req.Name = plainName(req.Name)
 	spec.Name = req.Name
 	// vcsim wants these files to be there; ESXi makes them when the VM is started.
 	for _, need := range []string{req.Name + ".nvram", "vmware.log"} {
@@ -66,6 +68,7 @@ func (s *Server) register(ctx *simulator.Context, folder *simulator.Folder, req 
 	var vm *VM
 	if fault == nil {
 		if vm, err = s.adopt(ctx, sim.Self); err == nil {
+			setName(ctx, sim, name)
 			return vm, nil
 		}
 		fault = &types.FileFault{File: err.Error()}
@@ -174,6 +177,9 @@ var extentLine = regexp.MustCompile(`(?m)^RW (\d+) \w+ "`)
 // vmxDisk is a disk that the configuration names; its size is in its descriptor.
 func (dir *directory) vmxDisk(kv vmxFile, m []string, file string) (*types.VirtualDisk, error) {
 	d := diskSpec(kv, m[1], m[2])
+	if strings.Contains(file, "/") {
+		return nil, fmt.Errorf("%s: not in the folder of the VM", file)
+	}
 	text, err := os.ReadFile(dir.file(file))
 	if err != nil {
 		return nil, fmt.Errorf("%s: no such file", file)

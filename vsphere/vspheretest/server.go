@@ -123,6 +123,7 @@ func (s *Server) serve() {
 	mux.HandleFunc(m.Path+"/vimServiceVersions.xml", s.service.ServiceVersions)
 	mux.HandleFunc("/folder/", s.serveFolder)
 	mux.HandleFunc("/nfc/", s.serveLease)
+	s.serveREST()
 
 	s.http = httptest.NewUnstartedServer(mux)
 	cert := newCertificate(s.t)

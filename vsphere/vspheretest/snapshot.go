@@ -3,6 +3,7 @@ package vspheretest
 import (
 	"fmt"
 	"maps"
+	"os"
 
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/methods"
@@ -67,6 +68,7 @@ func (vm *VM) createSnapshot(ctx *simulator.Context, req *types.CreateSnapshot_T
 		if client {
 			snap.counted = vm.gaugeKeys(ctx, sim)
 		}
+		snap.file = snapshotFile(sim, res.(types.ManagedObjectReference))
 		vm.mu.Lock()
 		vm.snapshots[res.(types.ManagedObjectReference)] = snap
 		vm.mu.Unlock()
@@ -91,8 +93,10 @@ func (vm *VM) refuseSnapshot(ctx *simulator.Context, sim *simulator.VirtualMachi
 		return &types.NotSupported{}
 	}
 	vm.mu.Lock()
-	depth := len(vm.snapshots)
-	on := vm.on
+	depth, on := 0, vm.on
+	for _, d := range vm.disks {
+		depth = max(depth, len(d.layers)-1)
+	}
 	vm.mu.Unlock()
 	return vm.s.snapshotFault(quiesce && on, depth, datastore)
 }
@@ -171,8 +175,7 @@ func (vm *VM) removeSnapshot(ctx *simulator.Context, req *types.RemoveSnapshot_T
 		refs = below(vm.tree(ctx), req.This, false)
 	}
 	ctx.WithLock(sim, func() {
-		ownLayout(sim)
-		sim.LayoutEx.Snapshot = nil // vcsim removes the files with these keys, which are of other files by now
+		vm.refreshLayout(ctx, sim)
 		_, fault = wait(ctx, obj.RemoveSnapshotTask(ctx, req).(*methods.RemoveSnapshot_TaskBody).Res.Returnval)
 		vm.mendCurrent(ctx, sim, refs)
 	})
@@ -229,6 +232,9 @@ func (vm *VM) forget(ctx *simulator.Context, refs []types.ManagedObjectReference
 		vm.mu.Unlock()
 		if snap == nil {
 			continue
+		}
+		if snap.file != "" {
+			_ = os.Remove(vm.File(snap.file))
 		}
 		for _, key := range snap.counted {
 			vm.s.count(func(c *counters) { c.snapshots.add(key, -1) })

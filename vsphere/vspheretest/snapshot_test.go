@@ -155,6 +155,36 @@ func TestTrackingBegins(t *testing.T) {
 	}
 }
 
+// While the VM runs, the delta over a snapshot of the user can be read as soon as another is over it.
+func TestFrozenDeltaIsReadable(t *testing.T) {
+	s, vm, c := newVM(t, Options{})
+	vm.AddUserSnapshot("by hand")
+	vm.WriteAt(0, noise(7, 7000), 70)
+	delta := vm.FilePath("web01-000001-sesparse.vmdk")
+	status := func() int {
+		t.Helper()
+		res, _, err := s.request(t, "GET", delta, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res.StatusCode
+	}
+	if got := status(); got != http.StatusInternalServerError {
+		t.Errorf("what the VM writes to: %d", got)
+	}
+	ref := c.snapshot(vm, "holdfast")
+	if got := status(); got != http.StatusOK {
+		t.Errorf("what is frozen: %d", got)
+	}
+	d := c.snapshotDisks(ref)[0]
+	if d.file != vm.FilePath("web01-000001.vmdk") || !slices.Equal(d.parents, []string{vm.FilePath("web01.vmdk")}) {
+		t.Errorf("the chain is %+v", d)
+	}
+	if n := s.Counts(); n.Snapshots != 1 || len(vm.Snapshots()) != 2 {
+		t.Errorf("%d counted, %v", n.Snapshots, vm.Snapshots())
+	}
+}
+
 // Snapshots in a row merge into what is left, whichever goes first.
 func TestSnapshotChains(t *testing.T) {
 	for _, order := range [][]int{{0, 1, 2}, {2, 1, 0}, {1, 0, 2}, {1, 2, 0}} {

@@ -13,24 +13,16 @@ const (
 	seekHole = 4
 )
 
-// eachData calls f for every unit of the disk that may hold something else than zeros.
-func eachData(l *layer, size int64, f func(off int64) error) error {
-	if l.isDelta() {
-		for off := int64(0); off < size; off += unit {
-			if err := f(off); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
+// eachData calls f for every unit of the file that may hold something else than zeros.
+func eachData(file *os.File, size int64, f func(off int64) error) error {
 	for off := int64(0); off < size; {
-		data, err := l.raw.Seek(off, seekData)
+		data, err := file.Seek(off, seekData)
 		if errors.Is(err, syscall.ENXIO) {
 			return nil
 		} else if err != nil {
 			return err
 		}
-		hole, err := l.raw.Seek(data, seekHole)
+		hole, err := file.Seek(data, seekHole)
 		if err != nil {
 			return err
 		}
@@ -43,23 +35,30 @@ func eachData(l *layer, size int64, f func(off int64) error) error {
 	return nil
 }
 
-// copySparse copies size bytes to the file, and leaves holes for zeros.
+// copySparse replaces a file by size bytes of from, and leaves holes for zeros. Holes of a file are not read.
 func copySparse(to *os.File, from io.ReaderAt, size int64) error {
 	if err := to.Truncate(0); err != nil {
 		return err
 	}
-	b := make([]byte, 1<<20)
-	for off := int64(0); off < size; off += int64(len(b)) {
-		p := b[:min(int64(len(b)), size-off)]
-		if err := readFull(from, p, off); err != nil {
+	b := make([]byte, unit)
+	one := func(off int64) error {
+		p := b[:min(unit, size-off)]
+		if err := readFull(from, p, off); err != nil || isZero(p) {
 			return err
 		}
-		if isZero(p) {
-			continue
+		_, err := to.WriteAt(p, off)
+		return err
+	}
+	var err error
+	if file, ok := from.(*os.File); ok {
+		err = eachData(file, size, one)
+	} else {
+		for off := int64(0); off < size && err == nil; off += unit {
+			err = one(off)
 		}
-		if _, err := to.WriteAt(p, off); err != nil {
-			return err
-		}
+	}
+	if err != nil {
+		return err
 	}
 	return to.Truncate(size)
 }

@@ -29,6 +29,7 @@ type VMSpec struct {
 	InstanceUUID   string
 	ExtraConfig    map[string]string
 	Attributes     map[string]string // custom attributes
+	Tags           map[string]string // category => tag; not on a host
 	Devices        []types.BaseVirtualDevice
 }
 

@@ -36,6 +36,7 @@ type VM struct {
 type snapshot struct {
 	name     string
 	quiesced bool
+	file     string   // the .vmsn
 	counted  []string // keys of the gauge
 	disks    map[int32]*frozenDisk
 }
@@ -246,7 +247,7 @@ func (vm *VM) Snapshots() []SnapshotInfo {
 	return all
 }
 
-// close closes the files, and writes the deltas to the datastore.
+// close closes the files.
 func (vm *VM) close() {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
@@ -258,7 +259,7 @@ func (vm *VM) close() {
 	}
 }
 
-// layersOf are all of the VM that are in the given place.
+// layerAt finds the disk and the layer that a file on a datastore belongs to.
 func (vm *VM) layerAt(root, file string) (*disk, *layer) {
 	for _, d := range vm.disks {
 		for _, l := range d.layers {
