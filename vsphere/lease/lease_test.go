@@ -554,11 +554,8 @@ func TestSmallReads(t *testing.T) {
 	s := &server{b: streamOf(t, disk)}
 	d := newDisk(t, s, len(disk), nil)
 	soon(t, func() {
-		go ranges(t.Context(), d)
-		for d.pass == nil {
-			d.mu.Lock()
-			d.mu.Unlock()
-			time.Sleep(time.Millisecond)
+		if _, err := d.begin(t.Context()); err != nil {
+			t.Fatal(err)
 		}
 		got, err := io.ReadAll(iotest.OneByteReader(io.NewSectionReader(d, 0, 1000)))
 		if err != nil || !bytes.Equal(got, disk[:1000]) {

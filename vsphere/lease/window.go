@@ -29,7 +29,6 @@ type pass struct {
 	done   chan struct{}     // closed when the goroutine has ended
 	stream *vdisk.VMDKStream // set before the first grain is in the window
 	whole  sync.Pool         // of *[]byte, for a grain of which a part is read
-	room   func(int) ([]byte, error)
 
 	mu   sync.Mutex
 	cond sync.Cond // whenever one of the following changes
