@@ -77,7 +77,7 @@ func (s *source) connect() error {
 			return context.Cause(s.ctx)
 		}
 		if s.fails >= s.opt.Attempts {
-			return fmt.Errorf("at byte %d of the stream, after %d attempts: %w", s.at, s.fails, s.last)
+			return fmt.Errorf("after %d attempts: %w", s.fails, s.last)
 		}
 		if err := s.wait(); err != nil {
 			return err
@@ -117,7 +117,7 @@ func (s *source) open() error {
 		}
 		if s.anew++; s.anew > s.opt.Attempts {
 			s.fails = s.opt.Attempts // no more of them
-			return fmt.Errorf("begun anew %d times, the last time because of: %w", s.anew-1, s.last)
+			return fmt.Errorf("begun anew %d times: %w", s.anew-1, s.last)
 		}
 	}
 	if err := s.dial(0); err != nil {
