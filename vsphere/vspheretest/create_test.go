@@ -127,6 +127,12 @@ func TestCreateAndDestroy(t *testing.T) {
 		t.Fatalf("upload: %v, %v", res, err)
 	}
 	wantBytes(t, "the guest's view", readAll(t, vm, 0), want)
+	c.run(c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{ChangeTrackingEnabled: types.NewBool(true)}))
+	ref := c.snapshot(vm, "s")
+	if es, _, err := c.areas(vm, ref, c.snapshotDisks(ref)[0], "*"); err != nil || !slices.Equal(es, []extent.Extent{{Off: 1 << 20, Len: diskSize - 1<<20}}) {
+		t.Errorf("allocated by the upload: %v, %v", es, err)
+	}
+	c.removeSnapshot(ref)
 	if _, b, err := s.request(t, "GET", base, nil); err != nil || !bytes.Equal(b, want) {
 		t.Errorf("read back: %d bytes, %v", len(b), err)
 	}
