@@ -379,6 +379,28 @@ func TestInventoryName(t *testing.T) {
 	}
 }
 
+// What a test says of VMs and datastores is what a client reads.
+func TestDescribe(t *testing.T) {
+	s, vm, c := newVM(t, Options{})
+	vm.Describe(func(c *types.VirtualMachineConfigInfo) { c.KeyId = &types.CryptoKeyId{KeyId: "k1"} })
+	s.SetDatastoreType("LocalDS_0", "VVOL")
+	s.SetFreeSpace("LocalDS_0", 12345)
+	var m mo.VirtualMachine
+	c.properties(vm.Ref(), []string{"config.keyId", "datastore"}, &m)
+	var ds mo.Datastore
+	c.properties(m.Datastore[0], []string{"summary"}, &ds)
+	if m.Config.KeyId == nil || ds.Summary.Type != "VVOL" || ds.Summary.FreeSpace != 12345 {
+		t.Errorf("%+v, %+v", m.Config, ds.Summary)
+	}
+	c.snapshot(vm, "s")
+	host := s.Hosts()[1]
+	vm.MoveToHost(host)
+	c.properties(vm.Ref(), []string{"runtime.host"}, &m)
+	if *m.Runtime.Host != *s.host(host) {
+		t.Errorf("the VM is on %v, want %s", m.Runtime.Host, host)
+	}
+}
+
 // A disk of 3 TiB costs what is on it.
 func TestLargeDisk(t *testing.T) {
 	const size = 3<<40 + 1024

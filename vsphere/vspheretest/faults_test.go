@@ -154,8 +154,6 @@ func TestChangedAreasLie(t *testing.T) {
 // A lost session is lost for calls and for /folder; a new login mends it.
 func TestSessions(t *testing.T) {
 	s, vm, c := newVM(t, Options{})
-	bad := s.URLWithUser()
-	bad.User = nil
 	login := func(user, password string) error {
 		_, err := methods.Login(c.ctx, c.Client.Client, &types.Login{This: *c.Client.Client.ServiceContent.SessionManager, UserName: user, Password: password})
 		return err
@@ -215,6 +213,13 @@ func TestSessions(t *testing.T) {
 	}
 	if n := s.Counts().Sessions; n != 0 {
 		t.Errorf("%d sessions are open", n)
+	}
+	if err := login(s.User, s.Password); err != nil || ask(cookie) != 200 {
+		t.Errorf("after another login: %v", err)
+	}
+	s.Misbehave(func(f *Faults) { f.LoseSessions = 1 })
+	if got := ask(cookie); got != 401 {
+		t.Errorf("the session that a request lost: %d", got)
 	}
 }
 

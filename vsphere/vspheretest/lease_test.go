@@ -106,6 +106,26 @@ func (c *client) compareLease(l *nfc.Lease, truth [][]byte, places []string) {
 	}
 }
 
+// A host does not say its own name in the addresses; it means the one by which it was reached.
+func TestExportFromHost(t *testing.T) {
+	needQEMU(t)
+	s, vm, c := newVM(t, Options{ESX: true})
+	res, err := methods.ExportSnapshot(c.ctx, c.Client.Client, &types.ExportSnapshot{This: c.snapshot(vm, "s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// nfc.Lease of govmomi puts the name in; the server's own words are in the property.
+	l := nfc.NewLease(c.Client.Client, res.Returnval)
+	if info := c.leaseInfo(l); info.DeviceUrl[0].Url == "" || info.Items[0].URL.Host != s.Host() {
+		t.Errorf("%+v", info.DeviceUrl)
+	}
+	var m mo.HttpNfcLease
+	c.properties(l.Reference(), []string{"info"}, &m)
+	if !strings.HasPrefix(m.Info.DeviceUrl[0].Url, "https://*/nfc/") {
+		t.Errorf("the address is %s", m.Info.DeviceUrl[0].Url)
+	}
+}
+
 // A lease without progress ends; with progress it lives.
 func TestLeaseTimeout(t *testing.T) {
 	needQEMU(t)
