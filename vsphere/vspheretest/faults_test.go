@@ -324,3 +324,42 @@ func TestPrivileges(t *testing.T) {
 	s.Allow(create)
 	c.snapshot(vm, "s")
 }
+
+// Any method fails, at once or as a task; the server itself is busy, or gone.
+func TestAnyFault(t *testing.T) {
+	s, vm, c := newVM(t, Options{})
+	now := func() error {
+		_, err := methods.GetCurrentTime(c.ctx, c.Client.Client)
+		return err
+	}
+	busy := &types.TaskInProgress{}
+	s.Misbehave(func(f *Faults) {
+		f.Calls = map[string][]types.BaseMethodFault{"ReconfigVM_Task": {busy, nil}}
+		f.Tasks = map[string][]types.BaseMethodFault{"ReconfigVM_Task": {nil, &types.FileLocked{}}, "PowerOffVM_Task": {busy}}
+	})
+	_, err := c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{})
+	wantFault[*types.TaskInProgress](t, "at once", err)
+	c.run(c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{}))
+	_, err = c.try(c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{}))
+	wantFault[*types.FileLocked](t, "as a task", err)
+	_, err = c.try(c.object(vm).PowerOff(c.ctx))
+	wantFault[*types.TaskInProgress](t, "power", err)
+	c.run(c.object(vm).PowerOff(c.ctx))
+
+	s.Misbehave(func(f *Faults) { f.SDKFails, f.SDKStatus = 1, 503 })
+	if err := now(); err == nil || soap.IsSoapFault(err) {
+		t.Errorf("busy: %v", err)
+	}
+	s.Misbehave(func(f *Faults) { f.SDKDrops = 1 })
+	if err := now(); err == nil || soap.IsSoapFault(err) {
+		t.Errorf("gone: %v", err)
+	}
+	s.Misbehave(func(f *Faults) { *f = Faults{} })
+	if err := now(); err != nil {
+		t.Error(err)
+	}
+	s.Misbehave(func(f *Faults) { f.DatastoreFull = true })
+	if res, _, err := s.request(t, "PUT", vm.FilePath("note.txt"), bytes.NewReader([]byte("x"))); err != nil || res.StatusCode != 500 {
+		t.Errorf("full: %v, %v", res, err)
+	}
+}

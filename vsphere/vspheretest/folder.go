@@ -114,6 +114,10 @@ func (s *Server) getFile(w http.ResponseWriter, r *http.Request, dir *directory,
 }
 
 func (s *Server) putFile(w http.ResponseWriter, r *http.Request, dir *directory, name string) {
+	if s.spaceFault() != nil {
+		http.Error(w, "no space left on the datastore", http.StatusInternalServerError)
+		return
+	}
 	vm, d, l := s.owner(dir, name)
 	if vm != nil && name == l.extent() {
 		s.putDisk(w, r, vm, d, l)

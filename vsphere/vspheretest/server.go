@@ -6,6 +6,8 @@ import (
 	"crypto/tls"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -125,10 +127,11 @@ func (s *Server) serve() {
 	mux.HandleFunc("/nfc/", s.serveLease)
 	s.serveREST()
 
-	s.http = httptest.NewUnstartedServer(mux)
+	s.http = httptest.NewUnstartedServer(s.front(mux))
 	cert := newCertificate(s.t)
 	s.http.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
 	s.http.Config.ConnState = s.connState
+	s.http.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that do not trust the certificate are part of tests
 	s.http.StartTLS()
 	m.SessionManager().ServiceHostName = s.Host()
 	m.SessionManager().TLS = func() *tls.Config { return s.http.TLS }
