@@ -16,6 +16,10 @@ import (
 // serveFolder is /folder/PATH?dcPath=...&dsName=..., the files of a datastore (vSphere Web Services SDK Programming Guide,
 // "HTTP Access to vSphere Server Files").
 func (s *Server) serveFolder(w http.ResponseWriter, r *http.Request) {
+	if !s.begin() {
+		return
+	}
+	defer s.end()
 	s.count(func(c *counters) { c.reads.add("", 1) })
 	defer s.count(func(c *counters) { c.reads.add("", -1) })
 	if !s.authenticated(r) {
