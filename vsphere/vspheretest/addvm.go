@@ -22,7 +22,9 @@ func (s *Server) AddVM(spec VMSpec) *VM {
 	s.t.Helper()
 	ctx := s.context()
 	stem := plainName(spec.Name)
-	dir, err := s.newDirectory(spec.Datastore, stem)
+	ds, err := s.datastore(spec.Datastore)
+	s.must(err)
+	dir, err := newDirectory(ds, stem)
 	s.must(err)
 	var bases []*layer
 	for i, d := range spec.Disks {
@@ -87,11 +89,7 @@ func (vm *VM) finish(ctx *simulator.Context, spec VMSpec) error {
 }
 
 // newDirectory makes the folder of a VM: its name, or its name and a number.
-func (s *Server) newDirectory(datastore, name string) (*directory, error) {
-	ds, err := s.datastore(datastore)
-	if err != nil {
-		return nil, err
-	}
+func newDirectory(ds *simulator.Datastore, name string) (*directory, error) {
 	d := &directory{datastore: ds.Name, root: ds.Summary.Url, path: name}
 	for i := 1; ; i++ {
 		err := os.Mkdir(d.file(""), 0o700)

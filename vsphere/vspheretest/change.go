@@ -6,6 +6,7 @@ import (
 
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/methods"
+	"github.com/vmware/govmomi/vim25/soap"
 	"github.com/vmware/govmomi/vim25/types"
 )
 
@@ -65,22 +66,56 @@ func (vm *VM) mustChange(change func() error) {
 }
 
 // PowerOff stops the VM.
-func (vm *VM) PowerOff() { vm.power(false) }
+func (vm *VM) PowerOff() { vm.mustPower(false) }
 
 // PowerOn starts it.
-func (vm *VM) PowerOn() { vm.power(true) }
+func (vm *VM) PowerOn() { vm.mustPower(true) }
 
-func (vm *VM) power(on bool) {
-	ctx, sim := vm.s.context(), vm.sim()
-	var ref types.ManagedObjectReference
-	if on {
-		ref = sim.PowerOnVMTask(ctx, &types.PowerOnVM_Task{This: vm.ref}).(*methods.PowerOnVM_TaskBody).Res.Returnval
-	} else {
-		ref = sim.PowerOffVMTask(ctx, &types.PowerOffVM_Task{This: vm.ref}).(*methods.PowerOffVM_TaskBody).Res.Returnval
-	}
-	if _, fault := wait(ctx, ref); fault != nil {
+func (vm *VM) mustPower(on bool) {
+	if fault := vm.power(vm.s.context(), on); fault != nil {
 		vm.s.t.Fatalf("vspheretest: power %v: %T", on, fault)
 	}
+}
+
+func (vm *VM) power(ctx *simulator.Context, on bool) types.BaseMethodFault {
+	sim := vm.sim()
+	if sim == nil {
+		return &types.ManagedObjectNotFound{Obj: vm.ref}
+	}
+	var res soap.HasFault
+	if on {
+		res = sim.PowerOnVMTask(ctx, &types.PowerOnVM_Task{This: vm.ref})
+	} else {
+		res = sim.PowerOffVMTask(ctx, &types.PowerOffVM_Task{This: vm.ref})
+	}
+	switch res := res.(type) {
+	case *methods.PowerOnVM_TaskBody:
+		if res.Fault_ != nil {
+			return &types.InvalidState{} // a template
+		}
+		_, fault := wait(ctx, res.Res.Returnval)
+		return fault
+	case *methods.PowerOffVM_TaskBody:
+		_, fault := wait(ctx, res.Res.Returnval)
+		return fault
+	}
+	return nil
+}
+
+// PowerOnVMTask starts the VM.
+func (o *vmObject) PowerOnVMTask(ctx *simulator.Context, _ *types.PowerOnVM_Task) soap.HasFault {
+	ref := o.vm.s.task(ctx, o.Self, "PowerOnVM", func(ctx *simulator.Context) (types.AnyType, types.BaseMethodFault) {
+		return nil, o.vm.power(ctx, true)
+	})
+	return &methods.PowerOnVM_TaskBody{Res: &types.PowerOnVM_TaskResponse{Returnval: ref}}
+}
+
+// PowerOffVMTask stops it.
+func (o *vmObject) PowerOffVMTask(ctx *simulator.Context, _ *types.PowerOffVM_Task) soap.HasFault {
+	ref := o.vm.s.task(ctx, o.Self, "PowerOffVM", func(ctx *simulator.Context) (types.AnyType, types.BaseMethodFault) {
+		return nil, o.vm.power(ctx, false)
+	})
+	return &methods.PowerOffVM_TaskBody{Res: &types.PowerOffVM_TaskResponse{Returnval: ref}}
 }
 
 // Describe changes what vcsim says of the VM: the test sets what it likes in a copy of the configuration.

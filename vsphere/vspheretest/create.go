@@ -2,6 +2,7 @@ package vspheretest
 
 import (
 	"fmt"
+	"os"
 	"regexp"
 	"strings"
 
@@ -182,11 +183,24 @@ func (vm *VM) destroy(ctx *simulator.Context) types.BaseMethodFault {
 	if vm.PoweredOn() {
 		return &types.InvalidPowerState{RequestedState: types.VirtualMachinePowerStatePoweredOff, ExistingState: types.VirtualMachinePowerStatePoweredOn}
 	}
+	// vcsim deletes the folder at some later time, when another VM may have it: it gets the name of one that is not there.
+	vm.mu.Lock()
+	dir := vm.dir.file("")
+	nothing := vm.dir.ref(fmt.Sprint(".none-", vm.s.id()))
+	vm.mu.Unlock()
+	ctx.WithLock(sim, func() {
+		files := sim.Config.Files
+		files.LogDirectory = nothing
+		ctx.Update(sim, []types.PropertyChange{{Name: "config.files", Val: files}})
+	})
 	_, fault := wait(ctx, sim.DestroyTask(ctx, &types.Destroy_Task{This: vm.ref}).(*methods.Destroy_TaskBody).Res.Returnval)
 	if fault != nil {
 		return fault
 	}
 	vm.leave(ctx, true)
+	if err := os.RemoveAll(dir); err != nil {
+		return &types.FileFault{File: err.Error()}
+	}
 	return nil
 }
 

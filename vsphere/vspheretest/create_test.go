@@ -127,6 +127,12 @@ func TestCreateAndDestroy(t *testing.T) {
 		t.Fatalf("upload: %v, %v", res, err)
 	}
 	wantBytes(t, "the guest's view", readAll(t, vm, 0), want)
+	c.run(c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{ChangeTrackingEnabled: types.NewBool(true)}))
+	ref := c.snapshot(vm, "s")
+	if es, _, err := c.areas(vm, ref, c.snapshotDisks(ref)[0], "*"); err != nil || !slices.Equal(es, []extent.Extent{{Off: 1 << 20, Len: diskSize - 1<<20}}) {
+		t.Errorf("allocated by the upload: %v, %v", es, err)
+	}
+	c.removeSnapshot(ref)
 	if _, b, err := s.request(t, "GET", base, nil); err != nil || !bytes.Equal(b, want) {
 		t.Errorf("read back: %d bytes, %v", len(b), err)
 	}
@@ -370,6 +376,28 @@ func TestInventoryName(t *testing.T) {
 		if got := inventoryName(name); got != want {
 			t.Errorf("%q is %q, want %q", name, got, want)
 		}
+	}
+}
+
+// What a test says of VMs and datastores is what a client reads.
+func TestDescribe(t *testing.T) {
+	s, vm, c := newVM(t, Options{})
+	vm.Describe(func(c *types.VirtualMachineConfigInfo) { c.KeyId = &types.CryptoKeyId{KeyId: "k1"} })
+	s.SetDatastoreType("LocalDS_0", "VVOL")
+	s.SetFreeSpace("LocalDS_0", 12345)
+	var m mo.VirtualMachine
+	c.properties(vm.Ref(), []string{"config.keyId", "datastore"}, &m)
+	var ds mo.Datastore
+	c.properties(m.Datastore[0], []string{"summary"}, &ds)
+	if m.Config.KeyId == nil || ds.Summary.Type != "VVOL" || ds.Summary.FreeSpace != 12345 {
+		t.Errorf("%+v, %+v", m.Config, ds.Summary)
+	}
+	c.snapshot(vm, "s")
+	host := s.Hosts()[1]
+	vm.MoveToHost(host)
+	c.properties(vm.Ref(), []string{"runtime.host"}, &m)
+	if *m.Runtime.Host != *s.host(host) {
+		t.Errorf("the VM is on %v, want %s", m.Runtime.Host, host)
 	}
 }
 

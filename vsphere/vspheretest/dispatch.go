@@ -60,8 +60,11 @@ func (s *Server) dispatch(ctx *simulator.Context, m *simulator.Method) (mo.Refer
 		return nil, fault
 	}
 	s.mu.Lock()
-	delay, onCall := s.faults.MethodDelay[m.Name], s.hooks.OnCall
+	delay, onCall, fault := s.faults.MethodDelay[m.Name], s.hooks.OnCall, next(s.faults.Calls, m.Name)
 	s.mu.Unlock()
+	if fault != nil {
+		return nil, fault
+	}
 	s.sleep(delay)
 	if onCall != nil {
 		if vm := s.vm(m.This); vm != nil {

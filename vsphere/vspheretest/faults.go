@@ -1,6 +1,8 @@
 package vspheretest
 
 import (
+	"net/http"
+	"strings"
 	"time"
 
 	"github.com/vmware/govmomi/vim25/types"
@@ -21,6 +23,13 @@ type Faults struct {
 	LeaveConsolidation int // RemoveSnapshot leaves the delta, and consolidationNeeded
 	ConsolidationFails int
 	MethodDelay        map[string]time.Duration // method => before each call of it
+
+	// Any method: what the next calls of it fail with, in order. A nil lets one call pass.
+	Calls map[string][]types.BaseMethodFault // as the answer to the call
+	Tasks map[string][]types.BaseMethodFault // as the end of the task; the name of the method has _Task at its end
+	// Requests to /sdk that get a status instead, such as 503, or a connection that is dropped.
+	SDKStatus, SDKFails int
+	SDKDrops            int
 
 	// Changed block tracking.
 	AreasPerPage       int                   // instead of the option
@@ -124,5 +133,35 @@ func (s *Server) snapshotFault(quiesce bool, depth int, datastore types.ManagedO
 			return &types.ApplicationQuiesceFault{}
 		}
 		return nil
+	})
+}
+
+// next takes the next fault for a method.
+func next(queue map[string][]types.BaseMethodFault, method string) types.BaseMethodFault {
+	faults := queue[method]
+	if len(faults) == 0 {
+		return nil
+	}
+	queue[method] = faults[1:]
+	return faults[0]
+}
+
+// front stands before all else that the server answers.
+func (s *Server) front(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, s.model.Map().Path) {
+			s.mu.Lock()
+			f := &s.faults
+			drop, fail, status := take(&f.SDKDrops), take(&f.SDKFails), f.SDKStatus
+			s.mu.Unlock()
+			switch {
+			case drop:
+				panic(http.ErrAbortHandler)
+			case fail:
+				http.Error(w, "", status)
+				return
+			}
+		}
+		h.ServeHTTP(w, r)
 	})
 }

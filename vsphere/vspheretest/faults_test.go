@@ -154,8 +154,6 @@ func TestChangedAreasLie(t *testing.T) {
 // A lost session is lost for calls and for /folder; a new login mends it.
 func TestSessions(t *testing.T) {
 	s, vm, c := newVM(t, Options{})
-	bad := s.URLWithUser()
-	bad.User = nil
 	login := func(user, password string) error {
 		_, err := methods.Login(c.ctx, c.Client.Client, &types.Login{This: *c.Client.Client.ServiceContent.SessionManager, UserName: user, Password: password})
 		return err
@@ -215,6 +213,13 @@ func TestSessions(t *testing.T) {
 	}
 	if n := s.Counts().Sessions; n != 0 {
 		t.Errorf("%d sessions are open", n)
+	}
+	if err := login(s.User, s.Password); err != nil || ask(cookie) != 200 {
+		t.Errorf("after another login: %v", err)
+	}
+	s.Misbehave(func(f *Faults) { f.LoseSessions = 1 })
+	if got := ask(cookie); got != 401 {
+		t.Errorf("the session that a request lost: %d", got)
 	}
 }
 
@@ -318,4 +323,43 @@ func TestPrivileges(t *testing.T) {
 	wantFault[*types.NoPermission](t, "change tracking", err)
 	s.Allow(create)
 	c.snapshot(vm, "s")
+}
+
+// Any method fails, at once or as a task; the server itself is busy, or gone.
+func TestAnyFault(t *testing.T) {
+	s, vm, c := newVM(t, Options{})
+	now := func() error {
+		_, err := methods.GetCurrentTime(c.ctx, c.Client.Client)
+		return err
+	}
+	busy := &types.TaskInProgress{}
+	s.Misbehave(func(f *Faults) {
+		f.Calls = map[string][]types.BaseMethodFault{"ReconfigVM_Task": {busy, nil}}
+		f.Tasks = map[string][]types.BaseMethodFault{"ReconfigVM_Task": {nil, &types.FileLocked{}}, "PowerOffVM_Task": {busy}}
+	})
+	_, err := c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{})
+	wantFault[*types.TaskInProgress](t, "at once", err)
+	c.run(c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{}))
+	_, err = c.try(c.object(vm).Reconfigure(c.ctx, types.VirtualMachineConfigSpec{}))
+	wantFault[*types.FileLocked](t, "as a task", err)
+	_, err = c.try(c.object(vm).PowerOff(c.ctx))
+	wantFault[*types.TaskInProgress](t, "power", err)
+	c.run(c.object(vm).PowerOff(c.ctx))
+
+	s.Misbehave(func(f *Faults) { f.SDKFails, f.SDKStatus = 1, 503 })
+	if err := now(); err == nil || soap.IsSoapFault(err) {
+		t.Errorf("busy: %v", err)
+	}
+	s.Misbehave(func(f *Faults) { f.SDKDrops = 1 })
+	if err := now(); err == nil || soap.IsSoapFault(err) {
+		t.Errorf("gone: %v", err)
+	}
+	s.Misbehave(func(f *Faults) { *f = Faults{} })
+	if err := now(); err != nil {
+		t.Error(err)
+	}
+	s.Misbehave(func(f *Faults) { f.DatastoreFull = true })
+	if res, _, err := s.request(t, "PUT", vm.FilePath("note.txt"), bytes.NewReader([]byte("x"))); err != nil || res.StatusCode != 500 {
+		t.Errorf("full: %v, %v", res, err)
+	}
 }

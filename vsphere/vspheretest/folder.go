@@ -16,6 +16,10 @@ import (
 // serveFolder is /folder/PATH?dcPath=...&dsName=..., the files of a datastore (vSphere Web Services SDK Programming Guide,
 // "HTTP Access to vSphere Server Files").
 func (s *Server) serveFolder(w http.ResponseWriter, r *http.Request) {
+	if !s.begin() {
+		return
+	}
+	defer s.end()
 	s.count(func(c *counters) { c.reads.add("", 1) })
 	defer s.count(func(c *counters) { c.reads.add("", -1) })
 	if !s.authenticated(r) {
@@ -114,6 +118,10 @@ func (s *Server) getFile(w http.ResponseWriter, r *http.Request, dir *directory,
 }
 
 func (s *Server) putFile(w http.ResponseWriter, r *http.Request, dir *directory, name string) {
+	if s.spaceFault() != nil {
+		http.Error(w, "no space left on the datastore", http.StatusInternalServerError)
+		return
+	}
 	vm, d, l := s.owner(dir, name)
 	if vm != nil && name == l.extent() {
 		s.putDisk(w, r, vm, d, l)

@@ -26,7 +26,13 @@ func wait(ctx *simulator.Context, ref types.ManagedObjectReference) (types.AnyTy
 func (s *Server) task(ctx *simulator.Context, entity types.ManagedObjectReference, name string, f func(ctx *simulator.Context) (types.AnyType, types.BaseMethodFault)) types.ManagedObjectReference {
 	own := *ctx
 	lock := types.ManagedObjectReference{Type: entity.Type, Value: fmt.Sprintf("%s-task-%d", entity.Value, s.id())}
-	t := simulator.CreateTask(lock, name+"_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) { return f(&own) })
+	t := simulator.CreateTask(lock, name+"_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		fault := s.fault(func(f *Faults) types.BaseMethodFault { return next(f.Tasks, name+"_Task") })
+		if fault != nil {
+			return nil, fault
+		}
+		return f(&own)
+	})
 	t.Info.DescriptionId = entity.Type + "." + strings.ToLower(name[:1]) + name[1:]
 	run, update := *ctx, *ctx // contexts that share no locks
 	ref := t.Run(&run)

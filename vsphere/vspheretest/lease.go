@@ -193,6 +193,10 @@ func (l *lease) isReady() bool {
 
 // serveLease is /nfc/TOKEN/FILE. Whoever knows the token may.
 func (s *Server) serveLease(w http.ResponseWriter, r *http.Request) {
+	if !s.begin() {
+		return
+	}
+	defer s.end()
 	token, name := path.Split(strings.TrimPrefix(r.URL.Path, "/nfc/"))
 	s.mu.Lock()
 	l := s.leases[strings.Trim(token, "/")]

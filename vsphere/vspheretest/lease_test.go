@@ -106,17 +106,37 @@ func (c *client) compareLease(l *nfc.Lease, truth [][]byte, places []string) {
 	}
 }
 
+// A host does not say its own name in the addresses; it means the one by which it was reached.
+func TestExportFromHost(t *testing.T) {
+	needQEMU(t)
+	s, vm, c := newVM(t, Options{ESX: true})
+	res, err := methods.ExportSnapshot(c.ctx, c.Client.Client, &types.ExportSnapshot{This: c.snapshot(vm, "s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// nfc.Lease of govmomi puts the name in; the server's own words are in the property.
+	l := nfc.NewLease(c.Client.Client, res.Returnval)
+	if info := c.leaseInfo(l); info.DeviceUrl[0].Url == "" || info.Items[0].URL.Host != s.Host() {
+		t.Errorf("%+v", info.DeviceUrl)
+	}
+	var m mo.HttpNfcLease
+	c.properties(l.Reference(), []string{"info"}, &m)
+	if !strings.HasPrefix(m.Info.DeviceUrl[0].Url, "https://*/nfc/") {
+		t.Errorf("the address is %s", m.Info.DeviceUrl[0].Url)
+	}
+}
+
 // A lease without progress ends; with progress it lives.
 func TestLeaseTimeout(t *testing.T) {
 	needQEMU(t)
-	s := New(t, Options{LeaseTimeout: 400 * time.Millisecond})
+	s := New(t, Options{LeaseTimeout: 800 * time.Millisecond})
 	vm := s.AddVM(VMSpec{Name: "web01", Disks: []DiskSpec{{Size: diskSize}}})
 	c := connect(t, s)
 	ref := c.snapshot(vm, "holdfast")
 	l := c.exportSnapshot(ref)
 	info := c.leaseInfo(l)
 	for range 8 {
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(150 * time.Millisecond)
 		if err := l.Progress(c.ctx, 10); err != nil {
 			t.Fatal(err)
 		}
@@ -124,7 +144,7 @@ func TestLeaseTimeout(t *testing.T) {
 	if res, _, _ := get(t, info.DeviceUrl[0].Url); res.StatusCode != http.StatusOK {
 		t.Fatalf("a lease with progress: %s", res.Status)
 	}
-	time.Sleep(time.Second)
+	time.Sleep(1600 * time.Millisecond)
 	if err := l.Progress(c.ctx, 20); err == nil {
 		t.Error("a lease without progress lives")
 	}
@@ -250,6 +270,13 @@ func TestImportRefuses(t *testing.T) {
 	if err := l.Abort(c.ctx, nil); err != nil || s.vm(info.Entity) != nil || s.Counts().OpenLeases != 0 {
 		t.Errorf("abort: %v, %+v", err, s.Counts())
 	}
+}
+
+// A test may end while a lease is being made.
+func TestLeaseAtTheEnd(t *testing.T) {
+	needQEMU(t)
+	_, vm, c := newVM(t, Options{})
+	c.exportSnapshot(c.snapshot(vm, "s"))
 }
 
 // Leases fail and are cut on demand.

@@ -93,6 +93,10 @@ func (s *Server) export(ctx *simulator.Context, vm *VM, devices []types.BaseVirt
 		l.files[name] = &leaseFile{key: "/" + vm.ref.Value + "/nvram", importKey: "/" + vm.name() + "/nvram", file: vm.File(name)}
 	}
 	go func() {
+		if !s.begin() {
+			return
+		}
+		defer s.end()
 		for name, key := range keys {
 			if err := vm.stream(disks[key], l.files[name].file); err != nil {
 				l.end(s.context(), &types.FileFault{File: err.Error()})

@@ -67,13 +67,21 @@ func TestDeltasAreReadable(t *testing.T) {
 			writeFile(t, filepath.Join(dir, "truth"), truth[i])
 			qemu(t, dir, "compare", "-f", "vmdk", "-F", "raw", filepath.Base(top), "truth")
 		}
-		// Without the middle of the chain the rest is as it was.
-		c.removeSnapshot(refs[1])
-		c.removeSnapshot(refs[3])
-		dir = download(t, s, vm)
-		for _, i := range []int{0, 2} {
-			writeFile(t, filepath.Join(dir, "truth"), truth[i])
-			qemu(t, dir, "compare", "-f", "vmdk", "-F", "raw", filepath.Base(c.snapshotDisks(refs[i])[0].file), "truth")
+		// Without a part of the chain the rest is as it was.
+		for _, step := range []struct {
+			gone int
+			left []int
+		}{{1, []int{0, 2, 3, 4}}, {3, []int{0, 2, 4}}} {
+			c.removeSnapshot(refs[step.gone])
+			dir = download(t, s, vm)
+			for _, i := range step.left {
+				top := c.liveDisks(vm)[0].file
+				if i < 4 {
+					top = c.snapshotDisks(refs[i])[0].file
+				}
+				writeFile(t, filepath.Join(dir, "truth"), truth[i])
+				qemu(t, dir, "compare", "-f", "vmdk", "-F", "raw", filepath.Base(top), "truth")
+			}
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package vspheretest
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -131,12 +132,25 @@ func (dir *directory) parseVMX(text string) (*types.VirtualMachineConfigSpec, er
 	if !slices.Contains(simulator.GuestID, types.VirtualMachineGuestOsIdentifier(spec.GuestId)) {
 		spec.GuestId = string(types.VirtualMachineGuestOsIdentifierOtherGuest64)
 	}
-	var disks []types.BaseVirtualDevice
+	for key, value := range kv {
+		if strings.HasSuffix(key, "pcislotnumber") || strings.HasPrefix(key, "guestinfo.") {
+			spec.ExtraConfig = append(spec.ExtraConfig, &types.OptionValue{Key: key, Value: value})
+		}
+	}
+	devices, err := dir.vmxDevices(kv)
+	for _, d := range devices {
+		spec.DeviceChange = append(spec.DeviceChange, &types.VirtualDeviceConfigSpec{Operation: "add", Device: d})
+	}
+	return spec, err
+}
+
+// vmxDevices are the controllers, disks and network cards, by their keys: a controller comes before its disks.
+func (dir *directory) vmxDevices(kv vmxFile) ([]types.BaseVirtualDevice, error) {
+	var all []types.BaseVirtualDevice
 	for key, value := range kv {
 		if m := vmxController.FindStringSubmatch(key); m != nil && kv.yes(key) {
-			d := diskSpec(kv, m[1], m[2])
-			if c := d.device(); c != nil {
-				spec.DeviceChange = append(spec.DeviceChange, &types.VirtualDeviceConfigSpec{Operation: "add", Device: c})
+			if c := diskSpec(kv, m[1], m[2]).device(); c != nil {
+				all = append(all, c)
 			}
 		}
 		if m := vmxDisk.FindStringSubmatch(key); m != nil && strings.HasSuffix(value, ".vmdk") {
@@ -144,22 +158,16 @@ func (dir *directory) parseVMX(text string) (*types.VirtualMachineConfigSpec, er
 			if err != nil {
 				return nil, err
 			}
-			disks = append(disks, disk)
+			all = append(all, disk)
 		}
 		if m := vmxCard.FindStringSubmatch(key); m != nil && kv.yes(key) {
-			spec.DeviceChange = append(spec.DeviceChange, &types.VirtualDeviceConfigSpec{Operation: "add", Device: vmxNIC(kv, m[1])})
-		}
-		if strings.HasSuffix(key, "pcislotnumber") || strings.HasPrefix(key, "guestinfo.") {
-			spec.ExtraConfig = append(spec.ExtraConfig, &types.OptionValue{Key: key, Value: value})
+			all = append(all, vmxNIC(kv, m[1]))
 		}
 	}
-	slices.SortFunc(disks, func(a, b types.BaseVirtualDevice) int {
-		return int(a.GetVirtualDevice().Key - b.GetVirtualDevice().Key)
+	slices.SortFunc(all, func(a, b types.BaseVirtualDevice) int {
+		return cmp.Compare(a.GetVirtualDevice().Key, b.GetVirtualDevice().Key)
 	})
-	for _, d := range disks {
-		spec.DeviceChange = append(spec.DeviceChange, &types.VirtualDeviceConfigSpec{Operation: "add", Device: d})
-	}
-	return spec, nil
+	return all, nil
 }
 
 func diskSpec(kv vmxFile, class, bus string) DiskSpec {

@@ -89,43 +89,21 @@ func (vm *VM) moveFiles(ds *simulator.Datastore) error {
 	if old.root == ds.Summary.Url {
 		return nil
 	}
-	to := directory{datastore: ds.Name, root: ds.Summary.Url, path: path.Base(old.path)}
-	for i := 1; ; i++ {
-		err := os.Mkdir(to.file(""), 0o700)
-		if err == nil {
-			break
-		} else if !errors.Is(err, os.ErrExist) {
-			return err
-		}
-		to.path = fmt.Sprintf("%s_%d", path.Base(old.path), i)
-	}
-	moved := map[string]*layer{}
-	for _, d := range vm.disks {
-		for _, l := range d.layers {
-			if err := l.flush(); err != nil {
-				return err
-			}
-			for _, name := range []string{l.name, l.extent()} {
-				moved[l.dir.file(name)] = l
-			}
-		}
-	}
-	files, err := os.ReadDir(old.file(""))
+	files, err := vm.allFiles()
 	if err != nil {
 		return err
 	}
-	for _, f := range files {
-		if f.Type().IsRegular() && moved[old.file(f.Name())] == nil {
-			moved[old.file(f.Name())] = nil
-		}
+	to, err := newDirectory(ds, path.Base(old.path))
+	if err != nil {
+		return err
 	}
-	for from, l := range moved {
+	for from, l := range files {
 		if err := moveFile(from, to.file(filepath.Base(from)), l); err != nil {
 			return err
 		}
 	}
 	_ = os.Remove(old.file(""))
-	*vm.dir = to
+	*vm.dir = *to
 	for _, d := range vm.disks {
 		for _, l := range d.layers {
 			l.dir = vm.dir
@@ -135,6 +113,29 @@ func (vm *VM) moveFiles(ds *simulator.Datastore) error {
 		}
 	}
 	return nil
+}
+
+// allFiles are those in the folder of the VM and those of its disks: name => layer, nil for what belongs to no disk.
+func (vm *VM) allFiles() (map[string]*layer, error) {
+	files := map[string]*layer{}
+	list, err := os.ReadDir(vm.dir.file(""))
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range list {
+		if f.Type().IsRegular() {
+			files[vm.dir.file(f.Name())] = nil
+		}
+	}
+	for _, d := range vm.disks {
+		for _, l := range d.layers {
+			if err := l.flush(); err != nil {
+				return nil, err
+			}
+			files[l.dir.file(l.name)], files[l.dir.file(l.extent())] = l, l
+		}
+	}
+	return files, nil
 }
 
 func (s *Server) moveResets() bool {

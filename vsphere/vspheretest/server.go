@@ -6,6 +6,8 @@ import (
 	"crypto/tls"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -42,7 +44,8 @@ type Server struct {
 	caFile  string
 	scratch string // a directory for what is not on a datastore
 	up      atomic.Bool
-	done    chan struct{} // closed when the test ends
+	done    chan struct{}  // closed when the test ends
+	work    sync.WaitGroup // what writes to scratch; added to under mu, and not once closed is set
 
 	mu      sync.Mutex // guards following
 	faults  Faults
@@ -54,6 +57,7 @@ type Server struct {
 	denied  map[string]bool                                        // privileges that the user does not have
 	leases  map[string]*lease                                      // token => lease
 	nextID  int
+	closed  bool
 }
 
 // Hooks are called at moments that a test wants to know of, without any lock held. They may use everything here.
@@ -125,10 +129,11 @@ func (s *Server) serve() {
 	mux.HandleFunc("/nfc/", s.serveLease)
 	s.serveREST()
 
-	s.http = httptest.NewUnstartedServer(mux)
+	s.http = httptest.NewUnstartedServer(s.front(mux))
 	cert := newCertificate(s.t)
 	s.http.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
 	s.http.Config.ConnState = s.connState
+	s.http.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that do not trust the certificate are part of tests
 	s.http.StartTLS()
 	m.SessionManager().ServiceHostName = s.Host()
 	m.SessionManager().TLS = func() *tls.Config { return s.http.TLS }
@@ -144,10 +149,40 @@ func (s *Server) close() {
 	close(s.done)
 	s.http.CloseClientConnections()
 	_ = s.http.Config.Close()
+	s.finishWork()
 	for _, vm := range s.allVMs() {
 		vm.close()
 	}
 	s.model.Remove()
+}
+
+// begin says whether work may begin that writes to scratch; end ends it.
+func (s *Server) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.work.Add(1)
+	return true
+}
+
+func (s *Server) end() { s.work.Done() }
+
+// finishWork waits for work, so that nothing is written while the directory is removed, but not forever for a test that blocks it.
+func (s *Server) finishWork() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	idle := make(chan struct{})
+	go func() {
+		s.work.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+	case <-time.After(10 * time.Second):
+	}
 }
 
 // URL is where the SDK is: https://127.0.0.1:PORT/sdk.
