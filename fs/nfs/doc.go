@@ -1,0 +1,2 @@
+// Package nfs serves file systems to hypervisors and other clients by NFS version 3.
+package nfs
