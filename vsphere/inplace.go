@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/vmware/govmomi/vim25/types"
 
@@ -44,38 +45,86 @@ var (
 	ErrNoWrite = errors.New("disks of this platform can only be written through VDDK")
 )
 
+// InPlaceDone is what a restore in place did.
+type InPlaceDone struct {
+	Path     string // of the VM
+	Disks    []Written
+	Warnings []string
+}
+
 // RestoreInPlace gives the disks of a VM the contents that they had. Only blocks that differ are written, and where change tracking tells what changed
 // since the point only those are compared. The VM must be off and have no snapshots; its configuration stays as it is.
-func (s *Source) RestoreInPlace(ctx context.Context, what InPlace) ([]Written, error) {
+//
+// Change tracking is switched off while disks are written, as VMware's Virtual Disk Programming Guide asks for, and on again afterwards: it begins
+// anew, so that the next backup reads the disks whole rather than trust what was tracked before.
+func (s *Source) RestoreInPlace(ctx context.Context, what InPlace) (done InPlaceDone, err error) {
 	vm, err := s.find(ctx, what.VM)
 	if err != nil {
-		return nil, err
+		return done, err
 	}
 	m := &machine{VM: vm}
 	if err := s.read(ctx, m); err != nil {
-		return nil, m.failed("read its configuration", err)
+		return done, m.failed("read its configuration", err)
 	}
+	done.Path = m.Path
 	if err := s.mayWrite(m, what.UUID); err != nil {
-		return nil, fmt.Errorf("vsphere: %s: %w", m.Path, err)
+		return done, fmt.Errorf("vsphere: %s: %w", m.Path, err)
 	}
+	all, err := s.plan(ctx, m, &what)
+	if err != nil {
+		return done, fmt.Errorf("vsphere: %s: %w", m.Path, err)
+	}
+	if m.Tracked {
+		if err := s.setTracking(ctx, m, false); err != nil {
+			return done, m.failed("switch changed block tracking off", err)
+		}
+		defer func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), trackingTime)
+			defer cancel()
+			if err := s.setTracking(ctx, m, true); err != nil {
+				done.Warnings = append(done.Warnings, fmt.Sprintf("changed block tracking could not be switched on again: %v", missing(err)))
+			}
+		}()
+	}
+	for i := range all {
+		err := s.rewrite(ctx, m, &all[i], what.Progress)
+		if err != nil {
+			return done, m.failed("restore "+all[i].Name, err)
+		}
+		done.Disks = append(done.Disks, all[i].Written)
+	}
+	return done, nil
+}
+
+// trackingTime is how long switching tracking on again may take when the restore was cancelled.
+const trackingTime = 2 * time.Minute
+
+// rewriting is a disk that gets back what it held.
+type rewriting struct {
+	*InPlaceDisk
+	Written
+	dev    *device
+	ranges []extent.Extent // to be compared
+}
+
+// plan finds the disks, all of them before one is written, and what has to be compared.
+func (s *Source) plan(ctx context.Context, m *machine, what *InPlace) ([]rewriting, error) {
 	have := disksOf(m.mo.Config.Hardware.Device)
-	var all []*device // in the order of what.Disks; all are found before one is written
+	var all []rewriting
 	for i := range what.Disks {
-		dev, err := diskFor(&what.Disks[i], have, m.mo.Config.InstanceUuid)
+		d := &what.Disks[i]
+		dev, err := diskFor(d, have, m.mo.Config.InstanceUuid)
 		if err != nil {
-			return nil, fmt.Errorf("vsphere: %s: %s: %w", m.Path, what.Disks[i].Name, err)
+			return nil, fmt.Errorf("%s: %w", d.Name, err)
 		}
-		all = append(all, dev)
-	}
-	var out []Written
-	for i, d := range what.Disks {
-		w, err := s.rewrite(ctx, m, &d, all[i], what.Progress)
-		if err != nil {
-			return out, m.failed("restore "+d.Name, err)
+		w := rewriting{InPlaceDisk: d, dev: dev, Written: Written{Disk: d.Name, Why: "what changed since the point"}}
+		if w.ranges, err = s.changedSince(ctx, m, d, dev); err != nil {
+			w.Why = fmt.Sprintf("the whole disk was compared: %v", err)
+			w.ranges = []extent.Extent{{Len: dev.size}}
 		}
-		out = append(out, w)
+		all = append(all, w)
 	}
-	return out, nil
+	return all, ctx.Err()
 }
 
 // mayWrite refuses a VM whose disks must not be written now.
@@ -114,36 +163,29 @@ func diskFor(d *InPlaceDisk, have []device, uuid string) (*device, error) {
 }
 
 // rewrite makes a disk what it was.
-func (s *Source) rewrite(ctx context.Context, m *machine, d *InPlaceDisk, dev *device,
-	progress func(string, int64) (func(int64), func(error))) (w Written, err error) {
-	w.Disk, w.Why = d.Name, "what changed since the point"
-	ranges, err := s.changedSince(ctx, m, d, dev)
-	if err != nil {
-		w.Why = fmt.Sprintf("the whole disk was compared: %v", err)
-		ranges = []extent.Extent{{Len: dev.size}}
-	}
+func (s *Source) rewrite(ctx context.Context, m *machine, w *rewriting, progress func(string, int64) (func(int64), func(error))) (err error) {
 	done, end := func(int64) {}, func(error) {}
 	if progress != nil {
-		done, end = progress(d.Name, dev.size)
+		done, end = progress(w.Name, w.dev.size)
 	}
 	defer func() { end(err) }()
-	o := s.vddkOptions(m, dev)
+	o := s.vddkOptions(m, w.dev)
 	o.Writable = true
 	disk, err := vddk.Open(ctx, o)
 	if err != nil {
-		return w, err
+		return err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
 	at := int64(0)
-	for _, e := range ranges {
+	for _, e := range w.ranges {
 		done(e.Off - at)
 		at = e.End()
-		if err := w.equalise(ctx, disk, d.Image, e, done); err != nil {
-			return w, err
+		if err := w.equalise(ctx, disk, w.Image, e, done); err != nil {
+			return err
 		}
 	}
-	done(dev.size - at)
-	return w, disk.Flush()
+	done(w.dev.size - at)
+	return disk.Flush()
 }
 
 // Pieces in which a disk is read, and in which what differs is written, bytes.

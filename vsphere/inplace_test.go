@@ -37,7 +37,7 @@ func TestRestoreInPlace(t *testing.T) {
 			vm := r.add(spec)
 			r.cfg.VDDK.LibDir = t.TempDir()
 			dir := filepath.Dir(vm.File("x"))
-			r.cfg.VDDK.Nbdkit, _ = fakeVDDK(t, filepath.Dir(dir))
+			r.cfg.VDDK.Nbdkit, _ = vspheretest.FakeVDDK(t, filepath.Dir(dir))
 			src := r.source()
 			p := r.mustBackup(src, "web")
 			truth := r.truth(vm)
@@ -52,14 +52,17 @@ func TestRestoreInPlace(t *testing.T) {
 			if _, err := src.RestoreInPlace(t.Context(), what); err == nil || !strings.Contains(err.Error(), "not the VM that the point is of") {
 				t.Errorf("another VM: %v", err)
 			}
-			written, err := src.RestoreInPlace(t.Context(), r.inPlaceOf(p))
+			done, err := src.RestoreInPlace(t.Context(), r.inPlaceOf(p))
 			if err != nil {
 				t.Fatal(err)
 			}
 			r.wantFlat(dir, truth)
+			if vm.ChangeTracking() != tracked || len(done.Warnings) > 0 {
+				t.Errorf("tracking is on: %v; %q", vm.ChangeTracking(), done.Warnings)
+			}
 			// 160,000 bytes from 3 MiB + 100 on touch three pieces of 64 KiB; the second disk ends within its piece.
 			for i, want := range []int64{3 * 64 << 10, 1024, 0} {
-				w := written[i]
+				w := done.Disks[i]
 				if w.Written != want {
 					t.Errorf("%+v, want %d bytes written", w, want)
 				}
@@ -67,6 +70,9 @@ func TestRestoreInPlace(t *testing.T) {
 					t.Errorf("%+v: compared too much, or too little", w)
 				}
 			}
+			// What was written behind the back of tracking is seen by the next backup.
+			after := r.mustBackup(src, "web")
+			r.wantDisks(after, truth)
 		})
 	}
 }
@@ -83,7 +89,7 @@ func TestRestoreInPlaceRefused(t *testing.T) {
 		t.Errorf("without VDDK: %v", err)
 	}
 	r.cfg.VDDK.LibDir = t.TempDir()
-	r.cfg.VDDK.Nbdkit, _ = fakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
+	r.cfg.VDDK.Nbdkit, _ = vspheretest.FakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
 	src = r.source()
 	vm.AddUserSnapshot("mine")
 	if _, err := src.RestoreInPlace(t.Context(), what); err == nil || !strings.Contains(err.Error(), "snapshots") {
@@ -96,14 +102,14 @@ func TestRestoreInPlaceOtherDisk(t *testing.T) {
 	r := newRig(t, vspheretest.Options{})
 	vm := r.add(threeDisks("web"))
 	r.cfg.VDDK.LibDir = t.TempDir()
-	r.cfg.VDDK.Nbdkit, _ = fakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
+	r.cfg.VDDK.Nbdkit, _ = vspheretest.FakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
 	src := r.source()
 	p := r.mustBackup(src, "web")
 	vm.WriteAt(0, []byte("changed"), 0)
 	vm.PowerOff()
 	vm.ReplaceDisk(2, strings.NewReader("another disk"))
-	written, err := src.RestoreInPlace(t.Context(), r.inPlaceOf(p))
-	if err == nil || !strings.Contains(err.Error(), "disk2") || len(written) > 0 {
-		t.Errorf("written %+v, %v", written, err)
+	done, err := src.RestoreInPlace(t.Context(), r.inPlaceOf(p))
+	if err == nil || !strings.Contains(err.Error(), "disk2") || len(done.Disks) > 0 {
+		t.Errorf("done %+v, %v", done, err)
 	}
 }

@@ -116,9 +116,10 @@ func commands() []command {
 		},
 		{
 			name:  "restore",
-			usage: "POINT (--to DIR [--format raw|qcow2|vmdk|vmdk-stream|vhdx|vhd] [--disk disk0] | --onto FILE --disk disk0 | --to SOURCE: [--name NEW] [--datastore D] [--network N])",
+			usage: "POINT (--to DIR [--format raw|qcow2|vmdk|vmdk-stream|vhdx|vhd] [--disk disk0] | --onto FILE --disk disk0 | --to SOURCE: [--name NEW] [--datastore D] [--network N] | --to SOURCE: --in-place)",
 			short: "write the disks of a restore point, or make a VM of it",
-			long: pointHelp + "\nSOURCE: is a platform that the config names; a new VM is made there, switched off and not connected unless told otherwise.\n" +
+			long: pointHelp + "\nSOURCE: is a platform that the config names; a new VM is made there, switched off and not connected unless told otherwise. With\n" +
+				"--in-place the VM that the point is of gets its disks back; it must be off and without snapshots.\n" +
 				"Format vmdk-stream is a compressed VMDK (streamOptimized) for transport; vhd is dynamic, of at most 2040 GiB.",
 			min: 1, max: 1,
 			flags: append([]cli.Flag{
@@ -344,10 +345,7 @@ func checkRestore(c *call) error {
 		return usagef("restore: --onto writes raw bytes and takes no --format")
 	}
 	if _, platform := c.platformOf(c.String("to")); platform {
-		if c.IsSet("format") {
-			return usagef("restore: a platform decides on the format by itself: no --format")
-		}
-		return nil
+		return c.checkPlatform()
 	}
 	for _, f := range platformFlags() {
 		if flag := f.Names()[0]; c.IsSet(flag) {

@@ -171,6 +171,34 @@ func (l *lab) slow() (reading <-chan struct{}) {
 	return began
 }
 
+// TestVSphereInPlace gives a VM its disk back through an nbdkit that stands in for VDDK.
+func TestVSphereInPlace(t *testing.T) {
+	needs(t, "nbdkit")
+	dir := newDir(t)
+	l := newLab(t, fmt.Sprintf(", vddk_libdir: %q, nbdkit: %q", dir, filepath.Join(dir, "nbdkit")))
+	vm := l.add("web", 8<<20)
+	program, _ := vspheretest.FakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
+	if err := os.Symlink(program, filepath.Join(dir, "nbdkit")); err != nil {
+		t.Fatal(err)
+	}
+	l.must(t, l.platform("backup", "web")...)
+	was := bytes.Clone(l.frozen[vm])
+	l.write(vm, rand.New(rand.NewPCG(8, 8)), 2)
+	inPlace := []string{"restore", "web/latest", "--to", "lab:", "--in-place", "--config", l.config}
+	l.wants(t, 64, "asks for the VM's name", inPlace...)
+	l.wants(t, 64, "--datastore is about a new VM", append(inPlace, "--datastore", "x")...)
+	l.wants(t, 1, "is switched on", append(inPlace, "--name", "web")...)
+	vm.PowerOff()
+	l.add("other", 1<<20).PowerOff()
+	l.wants(t, 1, "not the VM that the point is of", append(inPlace, "--name", "other")...)
+	if out := l.must(t, append(inPlace, "--name", "web")...).out; !strings.Contains(out, "differed and were written") {
+		t.Errorf("it says:\n%s", out)
+	}
+	if flat, err := os.ReadFile(vm.File("web-flat.vmdk")); err != nil || !bytes.Equal(flat, was) {
+		t.Errorf("the disk is not what it was, %v", err)
+	}
+}
+
 // TestVSphereEnds: a backup that is killed leaves a snapshot, which the next one removes before it reads what changed; one that gets a signal removes it
 // before it ends.
 func TestVSphereEnds(t *testing.T) {
