@@ -48,13 +48,12 @@ var privileges = map[string][]string{
 // trackingPrivilege is needed to switch changed block tracking on.
 const trackingPrivilege = "VirtualMachine.Config.ChangeTracking"
 
-// Privileges lists what an account needs for backups.
-func Privileges() []string {
-	var all []string
-	for _, list := range privileges {
-		all = append(all, list...)
-	}
-	return slices.Sorted(slices.Values(append(all, trackingPrivilege)))
+// restorePrivileges are needed to make a VM of a point, and not for backups.
+var restorePrivileges = map[string][]string{
+	"Datastore":    {"Datastore.AllocateSpace"},
+	"Folder":       {"VirtualMachine.Inventory.Create"},
+	"Network":      {"Network.Assign"},
+	"ResourcePool": {"VApp.Import", "Resource.AssignVMToPool"},
 }
 
 // Check looks at a server without changing anything on it.
@@ -132,33 +131,68 @@ func (c *checker) inventory(ctx context.Context) (err error) {
 const checkedAtOnce = 100
 
 func (c *checker) privileges(ctx context.Context) error {
-	stores, err := c.datastoreRefs(ctx)
+	of, err := c.objects(ctx)
 	if err != nil {
 		return err
-	}
-	of := map[string][]types.ManagedObjectReference{"Datastore": stores}
-	for i := range c.vms {
-		of["VirtualMachine"] = append(of["VirtualMachine"], c.vms[i].ref)
 	}
 	wanted := maps.Clone(privileges)
 	if c.src.cfg.Tracking == TrackingEnable {
 		wanted["VirtualMachine"] = append(slices.Clone(wanted["VirtualMachine"]), trackingPrivilege)
 	}
-	lacking := 0
+	if err := c.compare(ctx, "privileges", Failed, of, wanted); err != nil {
+		return err
+	}
+	return c.compare(ctx, "privileges for a restore", Warning, of, restorePrivileges)
+}
+
+// compare says which of the wanted privileges are missing, and on what.
+func (c *checker) compare(ctx context.Context, about string, level Level, of map[string][]types.ManagedObjectReference, wanted map[string][]string) error {
+	missing := false
+	var all []string
 	for _, kind := range slices.Sorted(maps.Keys(wanted)) {
 		lack, err := c.lacking(ctx, of[kind], wanted[kind])
 		if err != nil {
 			return err
 		}
 		for _, p := range slices.Sorted(maps.Keys(lack)) {
-			lacking++
-			c.add(Failed, "privileges", "%s is missing on %d of %d (%s…)", p, len(lack[p]), len(of[kind]), lack[p][0])
+			missing = true
+			c.add(level, about, "%s is missing on %d of %d (%s…)", p, len(lack[p]), len(of[kind]), lack[p][0])
 		}
+		all = append(all, wanted[kind]...)
 	}
-	if lacking == 0 {
-		c.add(OK, "privileges", "%s", strings.Join(append(slices.Clone(wanted["VirtualMachine"]), wanted["Datastore"]...), ", "))
+	if !missing {
+		c.add(OK, about, "%s", strings.Join(all, ", "))
 	}
 	return nil
+}
+
+// objects lists what privileges are asked about, by its kind.
+func (c *checker) objects(ctx context.Context) (map[string][]types.ManagedObjectReference, error) {
+	v, err := view.NewManager(c.src.c.Client).CreateContainerView(ctx, c.src.c.ServiceContent.RootFolder,
+		[]string{"Folder", "Datacenter", "ResourcePool", "Datastore", "Network"}, true)
+	if err != nil {
+		return nil, err
+	}
+	defer v.Destroy(context.WithoutCancel(ctx))
+	all, err := placesOf(ctx, v)
+	if err != nil {
+		return nil, err
+	}
+	of := map[string][]types.ManagedObjectReference{}
+	for ref := range all {
+		if ref.Type == "Folder" && vmFolder(all, ref) || ref.Type == "ResourcePool" {
+			of[ref.Type] = append(of[ref.Type], ref)
+		}
+	}
+	for _, kind := range []string{"Datastore", "Network"} {
+		if of[kind], err = v.Find(ctx, []string{kind}, nil); err != nil {
+			return nil, err
+		}
+	}
+	for i := range c.vms {
+		of["VirtualMachine"] = append(of["VirtualMachine"], c.vms[i].ref)
+	}
+	return of, nil
 }
 
 // lacking gives the objects on which the account lacks each privilege, by privilege.
@@ -186,15 +220,6 @@ func (c *checker) lacking(ctx context.Context, refs []types.ManagedObjectReferen
 		}
 	}
 	return out, nil
-}
-
-func (c *checker) datastoreRefs(ctx context.Context) ([]types.ManagedObjectReference, error) {
-	all, err := c.allDatastores(ctx)
-	var refs []types.ManagedObjectReference
-	for _, d := range all {
-		refs = append(refs, d.Self)
-	}
-	return refs, err
 }
 
 func (c *checker) allDatastores(ctx context.Context) (all []mo.Datastore, err error) {

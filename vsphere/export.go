@@ -30,8 +30,11 @@ type export struct {
 	src   *Source
 	lease *nfc.Lease
 	urls  []types.HttpNfcLeaseDeviceUrl
-	done  chan struct{} // closed to end the progress
-	ended sync.WaitGroup
+	// entity is the VM.
+	entity types.ManagedObjectReference
+	once   sync.Once
+	done   chan struct{} // closed to end the progress
+	ended  sync.WaitGroup
 }
 
 // leasePause is between two tellings of progress; a lease may do without for five minutes.
@@ -74,7 +77,7 @@ func (e *export) ready(ctx context.Context) error {
 		case err != nil:
 			return err
 		case l.State == types.HttpNfcLeaseStateReady && l.Info != nil:
-			e.urls = l.Info.DeviceUrl
+			e.urls, e.entity = l.Info.DeviceUrl, l.Info.Entity
 			return nil
 		case l.State == types.HttpNfcLeaseStateError && l.Error != nil:
 			return task.Error{LocalizedMethodFault: l.Error}
@@ -104,9 +107,14 @@ func (e *export) live() {
 	}
 }
 
-func (e *export) close() error {
-	close(e.done)
+// stop ends the progress.
+func (e *export) stop() {
+	e.once.Do(func() { close(e.done) })
 	e.ended.Wait()
+}
+
+func (e *export) close() error {
+	e.stop()
 	ctx, cancel := context.WithTimeout(context.Background(), verifyTime)
 	defer cancel()
 	return e.lease.Complete(ctx)
@@ -121,7 +129,10 @@ func (e *export) abort() error {
 
 // urlOf finds the disk by its place on its controller, as in "/vm-12/VirtualLsiLogicController0:1".
 func (e *export) urlOf(dev *device) (*types.HttpNfcLeaseDeviceUrl, error) {
-	suffix := fmt.Sprintf("/%s%d:%d", dev.controllerType, dev.bus, dev.unit)
+	return e.urlAt(fmt.Sprintf("/%s%d:%d", dev.controllerType, dev.bus, dev.unit))
+}
+
+func (e *export) urlAt(suffix string) (*types.HttpNfcLeaseDeviceUrl, error) {
 	var all []string
 	for i := range e.urls {
 		if strings.HasSuffix(e.urls[i].Key, suffix) || strings.HasSuffix(e.urls[i].ImportKey, suffix) {
@@ -129,7 +140,7 @@ func (e *export) urlOf(dev *device) (*types.HttpNfcLeaseDeviceUrl, error) {
 		}
 		all = append(all, e.urls[i].Key)
 	}
-	return nil, fmt.Errorf("the host exports no %s, but %q", suffix, all)
+	return nil, fmt.Errorf("the host knows no %s, but %q", suffix, all)
 }
 
 // leaseReader reads a disk as the host sends it.

@@ -103,18 +103,22 @@ func (s *Source) enableTracking(ctx context.Context, m *machine, snap *snapshot)
 		snap.warn("changed block tracking was not switched on: that needs a VM without snapshots")
 		return nil
 	}
-	req := &types.ReconfigVM_Task{This: m.ref, Spec: types.VirtualMachineConfigSpec{ChangeTrackingEnabled: types.NewBool(true)}}
-	res, err := methods.ReconfigVM_Task(ctx, s.c, req)
-	if err == nil {
-		_, err = s.wait(ctx, res.Returnval)
-	}
-	if err != nil {
+	if err := s.setTracking(ctx, m, true); err != nil {
 		snap.warn(fmt.Sprintf("changed block tracking could not be switched on: %v", missing(err)))
 		return ctx.Err()
 	}
 	s.logf("%s: changed block tracking switched on", m.Path)
 	m.Tracked = true
 	return nil
+}
+
+func (s *Source) setTracking(ctx context.Context, m *machine, on bool) error {
+	req := &types.ReconfigVM_Task{This: m.ref, Spec: types.VirtualMachineConfigSpec{ChangeTrackingEnabled: types.NewBool(on)}}
+	res, err := methods.ReconfigVM_Task(ctx, s.c, req)
+	if err == nil {
+		_, err = s.wait(ctx, res.Returnval)
+	}
+	return err
 }
 
 // Snapshots that a guest could not prepare for are tried so often, after such a pause.

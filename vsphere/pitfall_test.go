@@ -582,6 +582,34 @@ func TestPrivileges(t *testing.T) {
 	}
 }
 
+// TestPrivilegesToRestore: those that only a restore needs are looked at on what they are needed on, and do not fail the check.
+func TestPrivilegesToRestore(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	for _, privilege := range []string{"VApp.Import", "Network.Assign", "Datastore.AllocateSpace", "VirtualMachine.Inventory.Create", "Resource.AssignVMToPool"} {
+		r.server.Deny(privilege)
+		f := finding(t, src, "privileges for a restore")
+		if f.Level != vsphere.Warning || !strings.Contains(f.Text, privilege+" is missing") {
+			t.Errorf("without %s the check says %+v", privilege, f)
+		}
+		if f := finding(t, src, "privileges"); f.Level != vsphere.OK {
+			t.Errorf("without %s the check says %+v", privilege, f)
+		}
+		if privilege == "VApp.Import" {
+			if _, err := src.Restore(t.Context(), r.restoreOf(p, "new")); !errors.Is(err, vsphere.ErrNoPrivilege) || !strings.Contains(err.Error(), privilege) {
+				t.Errorf("a restore without %s: %v", privilege, err)
+			}
+		}
+		r.server.Allow(privilege)
+	}
+	if f := finding(t, src, "privileges for a restore"); f.Level != vsphere.OK {
+		t.Errorf("the check says %+v", f)
+	}
+	r.nothingLeft(vm)
+}
+
 // finding gives what a check says about something.
 func finding(t *testing.T, src *vsphere.Source, about string) vsphere.Finding {
 	t.Helper()

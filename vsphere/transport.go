@@ -70,19 +70,7 @@ func (vddkReader) Via() string { return TransportVDDK }
 
 // openVDDK starts nbdkit for a disk.
 func (s *Source) openVDDK(ctx context.Context, snap *snapshot, dev *device) (reader, error) {
-	u := s.c.URL()
-	port := 0
-	if u.Port() != "" {
-		var err error
-		if port, err = strconv.Atoi(u.Port()); err != nil {
-			return nil, err
-		}
-	}
-	o := vddk.Options{
-		Nbdkit: s.cfg.VDDK.Nbdkit, LibDir: s.cfg.VDDK.LibDir, Transports: s.cfg.VDDK.Transports, Compression: s.cfg.VDDK.Compression,
-		Server: u.Hostname(), Port: port, User: s.cfg.User, Password: s.cfg.Password, Thumbprint: s.c.thumbprint(),
-		VM: snap.vm.ID, File: dev.file, Log: func(line string) { s.logf("%s: %s: %s", snap.vm.Path, dev.label, line) },
-	}
+	o := s.vddkOptions(snap.vm, dev)
 	if snap.ref != nil {
 		o.Snapshot = snap.ref.Value
 	}
@@ -94,4 +82,15 @@ func (s *Source) openVDDK(ctx context.Context, snap *snapshot, dev *device) (rea
 		return nil, errors.Join(fmt.Errorf("nbdkit gives a disk of %d bytes, but the VM has one of %d", d.Size(), dev.size), d.Close())
 	}
 	return vddkReader{d}, nil
+}
+
+// vddkOptions are those for a disk of a VM.
+func (s *Source) vddkOptions(m *machine, dev *device) vddk.Options {
+	u := s.c.URL()
+	port, _ := strconv.Atoi(u.Port()) // which the URL's parser has looked at
+	return vddk.Options{
+		Nbdkit: s.cfg.VDDK.Nbdkit, LibDir: s.cfg.VDDK.LibDir, Transports: s.cfg.VDDK.Transports, Compression: s.cfg.VDDK.Compression,
+		Server: u.Hostname(), Port: port, User: s.cfg.User, Password: s.cfg.Password, Thumbprint: s.c.thumbprint(),
+		VM: m.ID, File: dev.file, Log: func(line string) { s.logf("%s: %s: %s", m.Path, dev.label, line) },
+	}
 }

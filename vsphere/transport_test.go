@@ -12,25 +12,6 @@ import (
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
 )
 
-// fakeVDDK is an nbdkit whose vddk plugin reads a local file instead; it notes what it was asked for.
-func fakeVDDK(t *testing.T, flat string) (program, notes string) {
-	t.Helper()
-	if _, err := exec.LookPath("nbdkit"); err != nil {
-		if os.Getenv("HOLDFAST_TEST_ALL") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
-	dir := t.TempDir()
-	program, notes = filepath.Join(dir, "nbdkit"), filepath.Join(dir, "notes")
-	script := "#!/bin/bash\nprintf '%s\\n' \"$@\" >> '" + notes + "'\nwords=()\nfor a in \"$@\"; do [ \"$a\" = vddk ] && break; words+=(\"$a\"); done\n" +
-		"cat <&3 > '" + notes + ".password'\nexec nbdkit \"${words[@]}\" file '" + flat + "'\n"
-	if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	return program, notes
-}
-
 // TestLease: where a datastore has no files the host exports whole disks.
 func TestLease(t *testing.T) {
 	if _, err := exec.LookPath("qemu-img"); err != nil && os.Getenv("HOLDFAST_TEST_ALL") != "1" {
@@ -81,7 +62,7 @@ func TestVDDK(t *testing.T) {
 	vm := r.add(oneDisk("web"))
 	var notes string
 	r.cfg.VDDK.LibDir = t.TempDir()
-	r.cfg.VDDK.Nbdkit, notes = fakeVDDK(t, vm.File("web-flat.vmdk"))
+	r.cfg.VDDK.Nbdkit, notes = vspheretest.FakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
 	src := r.source()
 	p := r.mustBackup(src, "web")
 	r.wantDisks(p, r.truth(vm))

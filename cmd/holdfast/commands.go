@@ -116,16 +116,18 @@ func commands() []command {
 		},
 		{
 			name:  "restore",
-			usage: "POINT (--to DIR [--format raw|qcow2|vmdk|vmdk-stream|vhdx|vhd] [--disk disk0] | --onto FILE --disk disk0)",
-			short: "write the disks of a restore point",
-			long:  pointHelp + "\nFormat vmdk-stream is a compressed VMDK (streamOptimized) for transport; vhd is dynamic, of at most 2040 GiB.",
-			min:   1, max: 1,
-			flags: []cli.Flag{
-				&cli.StringFlag{Name: "to", TakesFile: true, Usage: "`DIR` for one new file per disk"},
+			usage: "POINT (--to DIR [--format raw|qcow2|vmdk|vmdk-stream|vhdx|vhd] [--disk disk0] | --onto FILE --disk disk0 | --to SOURCE: [--name NEW] [--datastore D] [--network N] | --to SOURCE: --in-place)",
+			short: "write the disks of a restore point, or make a VM of it",
+			long: pointHelp + "\nSOURCE: is a platform that the config names; a new VM is made there, switched off and not connected unless told otherwise. With\n" +
+				"--in-place the VM that the point is of gets its disks back; it must be off and without snapshots.\n" +
+				"Format vmdk-stream is a compressed VMDK (streamOptimized) for transport; vhd is dynamic, of at most 2040 GiB.",
+			min: 1, max: 1,
+			flags: append([]cli.Flag{
+				&cli.StringFlag{Name: "to", TakesFile: true, Usage: "`DIR` for one new file per disk, or SOURCE: for a VM on a platform"},
 				&cli.StringFlag{Name: "onto", TakesFile: true, Usage: "`FILE` or device to write onto, only where it differs"},
 				newChoiceFlag("format", "`FORMAT` of the new files", "raw", "qcow2", "vmdk", formatStream, "vhdx", "vhd"),
 				&cli.StringFlag{Name: "disk", Usage: "only this `DISK` of the point, such as disk0"},
-			},
+			}, platformFlags()...),
 			needs: needRepository, check: checkRestore, run: runRestore,
 		},
 		{
@@ -341,6 +343,14 @@ func checkRestore(c *call) error {
 		return usagef("restore: --onto needs --disk")
 	case onto && c.IsSet("format"):
 		return usagef("restore: --onto writes raw bytes and takes no --format")
+	}
+	if _, platform := c.platformOf(c.String("to")); platform {
+		return c.checkPlatform()
+	}
+	for _, f := range platformFlags() {
+		if flag := f.Names()[0]; c.IsSet(flag) {
+			return usagef("restore: --%s is about a VM on a platform: --to SOURCE:", flag)
+		}
 	}
 	return nil
 }

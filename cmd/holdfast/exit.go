@@ -69,6 +69,7 @@ func failures() []failure {
 		{isAny(vsphere.ErrLogin), exitAccess, "user and password_file of the source in the config name the account"},
 		{isAny(vsphere.ErrUntrusted), exitAccess, "name the authority's certificate as ca_file, or, once you know that the thumbprint is the server's, that as thumbprint"},
 		{isAny(vsphere.ErrNoPrivilege), exitAccess, "give the account a role with that privilege; README lists all"},
+		{isAny(vsphere.ErrNoTarget), exitFailed, "name another one: --datastore, --network, --folder, --pool"},
 		{isAny(vsphere.ErrAmbiguous), exitFailed, "'holdfast vms --source NAME' shows names that are unique"},
 		{isAny(agent.ErrOtherServer), exitAccess, "the token is of another repository, or somebody else answers at this address; it was not sent"},
 		{isAny(store.ErrToken, agent.ErrVM), exitAccess, "at the repository 'holdfast agent-token list' shows what tokens there are and which VMs they are for"},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -185,4 +186,25 @@ func (c *call) prompt(ctx context.Context, question string) ([]byte, error) {
 		return nil, &accessError{errors.New("password too long")}
 	}
 	return a.password, nil
+}
+
+// ask asks for a line on the terminal.
+func (c *call) ask(ctx context.Context, question string) (string, error) {
+	fmt.Fprint(c.stderr, question)
+	type answer struct {
+		line string
+		err  error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		line, err := bufio.NewReader(c.stdin).ReadString('\n')
+		answered <- answer{strings.TrimSpace(line), err}
+	}()
+	select {
+	case a := <-answered: // the read cannot be cancelled and ends with the process
+		return a.line, a.err
+	case <-ctx.Done():
+		fmt.Fprintln(c.stderr)
+		return "", context.Cause(ctx)
+	}
 }

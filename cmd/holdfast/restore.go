@@ -43,6 +43,9 @@ func runRestore(ctx context.Context, c *call) error {
 			return err
 		}
 		defer release()
+		if name, ok := c.platformOf(c.String("to")); ok {
+			return c.restoreToPlatform(ctx, r, p, name)
+		}
 		disks, err := c.chosenDisks(p)
 		if err != nil {
 			return err

@@ -87,21 +87,29 @@ func (d configDecoder) count(to *int) func(key, value *yaml.Node) error {
 	}
 }
 
+// knowsSource is an error when the config has no such source.
+func (c *call) knowsSource(name string) error {
+	if _, ok := c.cfg.sources[name]; ok {
+		return nil
+	}
+	err := usagef("the config names no source %q", name)
+	names := slices.Sorted(maps.Keys(c.cfg.sources))
+	if near := nearest(name, names); near != "" {
+		return withHint(err, "did you mean %q?", near)
+	}
+	return withHint(err, "known sources: %q; they stand below sources: in the config", names)
+}
+
 // platform connects to the source that --source names.
 func (c *call) platform(ctx context.Context) (*vsphere.Source, sourceConfig, error) {
 	return c.platformNamed(ctx, c.String("source"))
 }
 
 func (c *call) platformNamed(ctx context.Context, name string) (*vsphere.Source, sourceConfig, error) {
-	s, ok := c.cfg.sources[name]
-	if !ok {
-		err := usagef("the config names no source %q", name)
-		names := slices.Sorted(maps.Keys(c.cfg.sources))
-		if near := nearest(name, names); near != "" {
-			return nil, s, withHint(err, "did you mean %q?", near)
-		}
-		return nil, s, withHint(err, "known sources: %q; they stand below sources: in the config", names)
+	if err := c.knowsSource(name); err != nil {
+		return nil, sourceConfig{}, err
 	}
+	s := c.cfg.sources[name]
 	password, err := c.secretFrom("password", s.passwordFile)
 	if err != nil {
 		return nil, s, err

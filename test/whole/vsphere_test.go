@@ -129,8 +129,31 @@ func TestVSphere(t *testing.T) {
 	if out := l.must(t, "ls", "web/latest/config/").out; !strings.Contains(out, "web.vmx") || !strings.Contains(out, "vm.json") || !strings.Contains(out, "web.nvram") {
 		t.Errorf("the configuration is:\n%s", out)
 	}
+	needs(t, "qemu-img") // by which the vCenter reads what it gets
+	l.must(t, "restore", "web/latest", "--to", "lab:", "--name", "web2", "--config", l.config)
+	flat, err := os.ReadFile(filepath.Join(filepath.Dir(filepath.Dir(web.File("x"))), "web2", "web2-flat.vmdk"))
+	if err != nil || !bytes.Equal(flat, l.frozen[web]) {
+		t.Errorf("the disk of the restored VM is not what was frozen, %v", err)
+	}
+	if out := l.must(t, l.platform("vms", "web2")...).out; !strings.Contains(out, "off") {
+		t.Errorf("the restored VM is:\n%s", out)
+	}
+	l.wants(t, 1, "not on this server", "restore", "web/latest", "--to", "lab:", "--datastore", "nowhere", "--config", l.config)
+	l.wants(t, 64, `no source "lap"`, "restore", "web/latest", "--to", "lap:", "--config", l.config)
+	l.wants(t, 64, "--name is about a VM on a platform", "restore", "web/latest", "--to", t.TempDir(), "--name", "x")
+	// And a disk image as a VM.
+	image := filepath.Join(newDir(t), "image.raw")
+	if err := os.WriteFile(image, l.frozen[web], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l.must(t, "backup", image, "--vm", "image")
+	l.must(t, "restore", "image/latest", "--to", "lab:", "--datastore", "LocalDS_0", "--config", l.config)
+	flat, err = os.ReadFile(filepath.Join(filepath.Dir(filepath.Dir(web.File("x"))), "image-restored", "image-restored-flat.vmdk"))
+	if err != nil || !bytes.Equal(flat, l.frozen[web]) {
+		t.Errorf("the disk of the VM made of an image is not that, %v", err)
+	}
 	l.wants(t, 1, `no VM is called "nope"`, l.platform("backup", "nope")...)
-	if p := l.points(t); len(p) != 3 {
+	if p := l.points(t); len(p) != 4 {
 		t.Errorf("there are %d points", len(p))
 	}
 }
@@ -146,6 +169,34 @@ func (l *lab) slow() (reading <-chan struct{}) {
 		}
 	}})
 	return began
+}
+
+// TestVSphereInPlace gives a VM its disk back through an nbdkit that stands in for VDDK.
+func TestVSphereInPlace(t *testing.T) {
+	needs(t, "nbdkit")
+	dir := newDir(t)
+	l := newLab(t, fmt.Sprintf(", vddk_libdir: %q, nbdkit: %q", dir, filepath.Join(dir, "nbdkit")))
+	vm := l.add("web", 8<<20)
+	program, _ := vspheretest.FakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
+	if err := os.Symlink(program, filepath.Join(dir, "nbdkit")); err != nil {
+		t.Fatal(err)
+	}
+	l.must(t, l.platform("backup", "web")...)
+	was := bytes.Clone(l.frozen[vm])
+	l.write(vm, rand.New(rand.NewPCG(8, 8)), 2)
+	inPlace := []string{"restore", "web/latest", "--to", "lab:", "--in-place", "--config", l.config}
+	l.wants(t, 64, "asks for the VM's name", inPlace...)
+	l.wants(t, 64, "--datastore is about a new VM", append(inPlace, "--datastore", "x")...)
+	l.wants(t, 1, "is switched on", append(inPlace, "--name", "web")...)
+	vm.PowerOff()
+	l.add("other", 1<<20).PowerOff()
+	l.wants(t, 1, "not the VM that the point is of", append(inPlace, "--name", "other")...)
+	if out := l.must(t, append(inPlace, "--name", "web")...).out; !strings.Contains(out, "differed and were written") {
+		t.Errorf("it says:\n%s", out)
+	}
+	if flat, err := os.ReadFile(vm.File("web-flat.vmdk")); err != nil || !bytes.Equal(flat, was) {
+		t.Errorf("the disk is not what it was, %v", err)
+	}
 }
 
 // TestVSphereEnds: a backup that is killed leaves a snapshot, which the next one removes before it reads what changed; one that gets a signal removes it

@@ -53,6 +53,11 @@ func (vm *VM) follow(sim *simulator.VirtualMachine, changes []types.BaseVirtualD
 	defer vm.mu.Unlock()
 	vm.instanceUUID = sim.Config.InstanceUuid
 	vm.wanted = sim.Config.ChangeTrackingEnabled != nil && *sim.Config.ChangeTrackingEnabled
+	if !vm.wanted && !vm.on {
+		for _, d := range vm.disks {
+			d.track = nil // the host removes -ctk.vmdk at once; of a VM that runs at its next stun
+		}
+	}
 	destroy := map[int32]bool{}
 	for _, c := range changes {
 		spec := c.GetVirtualDeviceConfigSpec()

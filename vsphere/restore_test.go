@@ -1,0 +1,231 @@
+package vsphere_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vmware/govmomi/vim25/types"
+
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/vsphere"
+	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
+)
+
+func needQEMU(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("qemu-img"); err != nil && os.Getenv("HOLDFAST_TEST_ALL") != "1" {
+		t.Skip(err)
+	}
+}
+
+// configFile gives a configuration file of a point.
+func (r *rig) configFile(p *store.Point, name string) []byte {
+	r.t.Helper()
+	for _, c := range p.Config {
+		if c.Name != name {
+			continue
+		}
+		img, err := r.repo.OpenConfig(p, name)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		b := make([]byte, c.Size)
+		if _, err := img.ReadAt(b, 0); err != nil && err != io.EOF {
+			r.t.Fatal(err)
+		}
+		return b
+	}
+	return nil
+}
+
+// restoreOf is a restore of a point.
+func (r *rig) restoreOf(p *store.Point, name string) vsphere.Restore {
+	r.t.Helper()
+	what := vsphere.Restore{Name: name, Config: r.configFile(p, "vm.json"), Inventory: r.configFile(p, "inventory.json"), Mapping: r.configFile(p, "disks.json"),
+		NVRAM: r.configFile(p, p.VM.Name+".nvram")}
+	for i := range p.Disks {
+		img, err := r.repo.OpenDisk(p, p.Disks[i].Name)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		what.Disks = append(what.Disks, vsphere.RestoreDisk{Name: p.Disks[i].Name, Image: img})
+	}
+	return what
+}
+
+// wantFlat compares the disks of a VM, as they lie on the datastore, with what they must hold; a disk may be longer by what makes it whole KiB.
+func (r *rig) wantFlat(dir string, want [][]byte) {
+	r.t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*-flat.vmdk"))
+	if err != nil || len(files) != len(want) {
+		r.t.Fatalf("%s has the disks %q, %v", dir, files, err)
+	}
+	slices.SortFunc(files, func(a, b string) int { return len(a)*1000 + strings.Compare(a, b) - len(b)*1000 })
+	for i, f := range files {
+		got, err := os.ReadFile(f)
+		if err != nil || len(got) < len(want[i]) || !bytes.Equal(got[:len(want[i])], want[i]) || len(bytes.Trim(got[len(want[i]):], "\x00")) > 0 {
+			r.t.Errorf("%s: %d bytes are not what disk %d holds, %v", f, len(got), i, err)
+		}
+	}
+}
+
+// TestRestore makes a new VM out of a point: its disks hold what was frozen, on the same controllers; it is switched off, not connected, and has an identity of its own.
+func TestRestore(t *testing.T) {
+	needQEMU(t)
+	for _, esx := range []bool{false, true} {
+		t.Run(map[bool]string{false: "vCenter", true: "ESXi"}[esx], func(t *testing.T) {
+			r := newRig(t, vspheretest.Options{ESX: esx})
+			spec := threeDisks("web")
+			spec.Firmware, spec.Networks, spec.CPUs, spec.Memory = "efi", []string{"VM Network"}, 3, 1536
+			spec.ExtraConfig = map[string]string{"disk.EnableUUID": "TRUE", "sched.swap.derivedName": "/vmfs/x.vswp"}
+			if esx {
+				spec.Folder = ""
+			}
+			vm := r.add(spec)
+			src := r.source()
+			p := r.mustBackup(src, "web")
+			truth := r.truth(vm)
+			r.write(vm, 3)
+			made, err := src.Restore(t.Context(), r.restoreOf(p, "web-restored"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(made.Warnings) > 0 {
+				t.Errorf("warnings %q", made.Warnings)
+			}
+			datastore := filepath.Dir(filepath.Dir(vm.File("x")))
+			r.wantFlat(filepath.Join(datastore, "web-restored"), truth)
+			nvram, err := os.ReadFile(filepath.Join(datastore, "web-restored", "web-restored.nvram"))
+			if err != nil || !bytes.Equal(nvram, r.configFile(p, "web.nvram")) {
+				t.Errorf("the NVRAM is not that of the point, %v", err)
+			}
+			list, err := src.List(t.Context())
+			if err != nil || len(list) != 2 {
+				t.Fatalf("%v, %v", list, err)
+			}
+			i := slices.IndexFunc(list, func(v vsphere.VM) bool { return v.ID == made.ID })
+			if i < 0 || list[i].On || list[i].Path != made.Path || list[i].InstanceUUID == vm.InstanceUUID() || list[i].Disks != 3 {
+				t.Errorf("made is %+v, listed %+v", made, list)
+			}
+			// What it is like the second backup tells, by what the server says of it.
+			second := r.mustBackup(src, "web-restored")
+			r.wantSame(p, second)
+		})
+	}
+}
+
+// wantSame compares what servers said of two VMs, but for what must differ.
+func (r *rig) wantSame(a, b *store.Point) {
+	r.t.Helper()
+	var c [2]types.VirtualMachineConfigInfo
+	for i, p := range []*store.Point{a, b} {
+		if err := types.NewJSONDecoder(bytes.NewReader(r.configFile(p, "vm.json"))).Decode(&c[i]); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	text := func(c *types.VirtualMachineConfigInfo) string {
+		out := fmt.Sprintln(c.Firmware, c.Hardware.NumCPU, c.Hardware.MemoryMB, c.GuestId, c.Version)
+		for _, d := range c.Hardware.Device {
+			switch v := d.(type) {
+			case *types.VirtualDisk:
+				out += fmt.Sprintln("disk", v.CapacityInBytes, *v.UnitNumber)
+			case types.BaseVirtualSCSIController:
+				out += fmt.Sprintf("%T %d\n", v, v.GetVirtualSCSIController().BusNumber)
+			case types.BaseVirtualEthernetCard:
+				out += fmt.Sprintf("%T %v\n", v, v.GetVirtualEthernetCard().Backing.(*types.VirtualEthernetCardNetworkBackingInfo).DeviceName)
+			}
+		}
+		lines := strings.Split(out, "\n")
+		slices.Sort(lines[1:])
+		return strings.Join(lines, "\n")
+	}
+	was, is := text(&c[0]), text(&c[1])
+	if was != is {
+		r.t.Errorf("the VM was\n%s\nand is\n%s", was, is)
+	}
+	for _, o := range c[1].ExtraConfig {
+		if strings.HasPrefix(o.GetOptionValue().Key, "sched.swap") {
+			r.t.Errorf("it has %v", o)
+		}
+	}
+	if !slices.ContainsFunc(c[1].ExtraConfig, func(o types.BaseOptionValue) bool { return o.GetOptionValue().Key == "disk.EnableUUID" }) {
+		r.t.Error("it lacks disk.EnableUUID")
+	}
+	for _, d := range c[1].Hardware.Device {
+		if card, ok := d.(types.BaseVirtualEthernetCard); ok && card.GetVirtualEthernetCard().Connectable.StartConnected {
+			r.t.Error("it is connected when it is switched on")
+		}
+	}
+}
+
+// TestRestoreElsewhere: a point of another platform, and places that are told.
+func TestRestoreElsewhere(t *testing.T) {
+	needQEMU(t)
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(threeDisks("web"))
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	what := r.restoreOf(p, "moved")
+	what.Config, what.Inventory, what.Mapping, what.NVRAM = nil, nil, nil, nil
+	what.Machine = vsphere.Machine{EFI: true, CPUs: 4, Memory: 512}
+	what.Folder, what.Datastore, what.PowerOn = "/DC0/vm/prod", "LocalDS_1", true
+	made, err := src.Restore(t.Context(), what)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if made.Path != "/DC0/vm/prod/moved" || !strings.Contains(strings.Join(made.Warnings, ""), "another platform") {
+		t.Errorf("made is %+v", made)
+	}
+	dir := filepath.Dir(filepath.Dir(vm.File("x")))
+	r.wantFlat(filepath.Join(filepath.Dir(dir), strings.Replace(filepath.Base(dir), "LocalDS_0", "LocalDS_1", 1), "moved"), r.truth(vm))
+	for _, wrong := range []func(*vsphere.Restore){
+		func(w *vsphere.Restore) { w.Datastore = "nowhere" },
+		func(w *vsphere.Restore) { w.Folder = "/DC0/vm/nowhere" },
+		func(w *vsphere.Restore) { w.Pool = "nowhere" },
+	} {
+		what := r.restoreOf(p, "wrong")
+		wrong(&what)
+		if _, err := src.Restore(t.Context(), what); !errors.Is(err, vsphere.ErrNoTarget) || !strings.Contains(err.Error(), "nowhere") {
+			t.Errorf("a place that is not there: %v", err)
+		}
+	}
+}
+
+// TestRestoreFails: where a restore fails there is no VM, and no lease is open.
+func TestRestoreFails(t *testing.T) {
+	needQEMU(t)
+	r := newRig(t, vspheretest.Options{})
+	r.add(oneDisk("web"))
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	broken := r.restoreOf(p, "broken")
+	broken.Disks[0].Image = brokenImage{broken.Disks[0].Image.(*store.Image)}
+	if _, err := src.Restore(t.Context(), broken); !errors.Is(err, errBroken) {
+		t.Errorf("a disk that cannot be read: %v", err)
+	}
+	r.server.Misbehave(func(f *vspheretest.Faults) { f.LeaseCut, f.LeaseCuts = 100_000, 1 })
+	if _, err := src.Restore(t.Context(), r.restoreOf(p, "cut")); err == nil {
+		t.Error("the connection was lost")
+	}
+	list, err := src.List(t.Context())
+	if err != nil || len(list) != 1 {
+		t.Errorf("%+v, %v", list, err)
+	}
+	if n := r.server.Counts().OpenLeases; n != 0 {
+		t.Errorf("%d leases are open", n)
+	}
+}
+
+var errBroken = errors.New("a broken chunk")
+
+type brokenImage struct{ *store.Image }
+
+func (b brokenImage) ReadAt([]byte, int64) (int, error) { return 0, errBroken }
