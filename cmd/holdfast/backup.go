@@ -123,6 +123,8 @@ func (c *call) exclude(vm string) backup.Exclude {
 type work struct {
 	src    backup.Source
 	vms    []string
+	sizes  map[string]int64 // of each VM's disks, bytes; nil: not known
+	disks  int              // of all VMs
 	atOnce int
 	close  func() error
 }
@@ -180,13 +182,26 @@ func (c *call) backupAll(ctx context.Context, to backup.Target, w *work, sum *su
 		failures []error
 		g        errgroup.Group
 	)
+	var total *task
+	if w.disks > 1 {
+		all := int64(0)
+		for _, n := range w.sizes {
+			all += n
+		}
+		total = c.progress.inTotal("VMs", len(w.vms), "new", all)
+		defer func() { total.end(ctx.Err()) }()
+	}
 	g.SetLimit(w.atOnce)
 	for _, vm := range w.vms {
 		g.Go(func() error {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			p, err := c.backupVM(ctx, to, w.src, vm)
+			done := int64(0) // bytes of it that were told as done
+			p, err := c.backupVM(ctx, to, w.src, vm, &done)
+			if total != nil {
+				total.part(w.sizes[vm] - done)
+			}
 			if err != nil && ctx.Err() != nil {
 				return err
 			}
@@ -226,8 +241,8 @@ func (c *call) done(p *store.Point, sum *summary) {
 		sizeText(p.Stats.New), sizeText(p.Stats.Stored), stored, durationText(time.Duration(p.Stats.Duration*float64(time.Second))))
 }
 
-// backupVM makes one restore point.
-func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source, vm string) (p *store.Point, err error) {
+// backupVM makes one restore point. told is how many bytes of its disks are dealt with when it returns.
+func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source, vm string, told *int64) (p *store.Point, err error) {
 	snap, err := src.Freeze(ctx, vm)
 	if err != nil {
 		return nil, err
@@ -247,6 +262,7 @@ func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source
 	var running *task
 	defer func() {
 		if running != nil {
+			*told += running.done.Load()
 			running.end(err)
 		}
 	}()
@@ -260,6 +276,7 @@ func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source
 		Now:          c.clock.now,
 		Start: func(vm, disk string, total int64) backup.Meter {
 			if running != nil {
+				*told += running.done.Load()
 				running.end(nil)
 			}
 			running = c.progress.task(vm+"/"+disk, "new", total)

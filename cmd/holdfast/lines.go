@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 )
 
@@ -13,7 +14,8 @@ import (
 //	{"type":"message","level":"warning","text":"…"}
 //
 // bytes_total and seconds_left are missing while unknown; bytes_new is called
-// after what the task counts.
+// after what the task counts. What is done in total, of several VMs, is the task
+// "in total", with parts_done and parts_total.
 type lines struct {
 	w        io.Writer
 	json     bool
@@ -35,6 +37,10 @@ func (l *lines) end(t *task) {
 
 func (l *lines) tick(running []*task, ended int) {
 	now := running[0].owner.clock.now()
+	if i := slices.IndexFunc(running, func(t *task) bool { return t.parts != "" }); i >= 0 && !l.json {
+		l.show(running[i].look(now))
+		return
+	}
 	if !l.json && len(running) > 1 {
 		s := sum(running, now)
 		s.task = fmt.Sprintf("%d running, %d ended", len(running), ended)
@@ -60,6 +66,9 @@ func (l *lines) show(v view) {
 	}
 	if v.files > 0 {
 		o["files_done"] = v.files
+	}
+	if v.parts != "" {
+		o["parts_done"], o["parts_total"] = v.endedParts, v.allParts
 	}
 	if v.counts != "" {
 		o["bytes_"+v.counts] = v.counted

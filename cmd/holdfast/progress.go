@@ -27,7 +27,8 @@ type progress struct {
 	// printer shows everything below.
 	printer  printer
 	running  []*task
-	ended    int // tasks
+	whole    *task // of which the others are parts; nil when there is none
+	ended    int   // tasks
 	warnings []string
 	ticking  chan struct{} // closed to end the ticks; nil until the first task
 	ticked   chan struct{} // closed when they have ended
@@ -101,11 +102,24 @@ func drawable(w io.Writer) bool {
 // unknown. counts names what task.count counts, such as "new" bytes, and is empty
 // when nothing is counted. The caller must end the task.
 func (p *progress) task(name, counts string, total int64) *task {
-	t := &task{owner: p, name: name, counts: counts, started: p.clock.now()}
-	t.total.Store(total)
-	t.sampled = t.started
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.beginLocked(&task{name: name, counts: counts, whole: p.whole}, total)
+}
+
+// inTotal begins a task that is the whole of those which begin after it: what they add and count is added and counted for it, too. It
+// shows how many of parts, such as "VMs", have ended: see part.
+func (p *progress) inTotal(parts string, n int, counts string, total int64) *task {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.whole = p.beginLocked(&task{name: "in total", counts: counts, parts: parts, allParts: n}, total)
+	return p.whole
+}
+
+func (p *progress) beginLocked(t *task, total int64) *task {
+	t.owner, t.started = p, p.clock.now()
+	t.total.Store(total)
+	t.sampled = t.started
 	if p.closed {
 		return t
 	}
@@ -215,9 +229,14 @@ type task struct {
 	name    string
 	counts  string
 	started time.Time
+	whole   *task // that this one is a part of; nil for none
+	// parts is what allParts of them are, empty for a task that has none.
+	parts    string
+	allParts int
 
 	total, done, counted atomic.Int64 // bytes; total < 0: unknown
 	files                atomic.Int64
+	ended                atomic.Int64 // parts
 
 	mu sync.Mutex // guards following
 	// state, and what the rate is computed from: the bytes done at the time of
@@ -230,11 +249,27 @@ type task struct {
 }
 
 // add reports n more bytes as done.
-func (t *task) add(n int64) { t.done.Add(n) }
+func (t *task) add(n int64) {
+	t.done.Add(n)
+	if t.whole != nil {
+		t.whole.done.Add(n)
+	}
+}
 
 // count reports n more bytes of those that the task counts, such as new ones.
 // They are not added to the bytes done.
-func (t *task) count(n int64) { t.counted.Add(n) }
+func (t *task) count(n int64) {
+	t.counted.Add(n)
+	if t.whole != nil {
+		t.whole.counted.Add(n)
+	}
+}
+
+// part reports that one more part has ended, of whose bytes rest were not added.
+func (t *task) part(rest int64) {
+	t.add(rest)
+	t.ended.Add(1)
+}
 
 // file reports one more file as done, where they are counted.
 func (t *task) file() { t.files.Add(1) }
@@ -270,6 +305,7 @@ const rateMemory = 10 * time.Second
 // average, and one of the whole run once it has ended.
 func (t *task) look(now time.Time) view {
 	v := view{task: t.name, counts: t.counts, total: t.total.Load(), done: t.done.Load(), counted: t.counted.Load(), files: t.files.Load()}
+	v.parts, v.endedParts, v.allParts = t.parts, int(t.ended.Load()), t.allParts
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v.state = t.state
@@ -304,6 +340,8 @@ type view struct {
 	files                int64
 	rate                 float64 // bytes per second
 	elapsed              time.Duration
+	parts                string
+	endedParts, allParts int
 }
 
 // left is the time that remains at the present rate; ok is false when it is unknown.
@@ -321,6 +359,9 @@ func (v view) left() (d time.Duration, ok bool) {
 // text is the view in one line, without the name of the task.
 func (v view) text() string {
 	var parts []string
+	if v.parts != "" {
+		parts = append(parts, fmt.Sprintf("%d of %d %s", v.endedParts, v.allParts, v.parts))
+	}
 	switch {
 	case v.state == stateFailed || v.state == stateStopped:
 		parts = append(parts, fmt.Sprintf("%s after %s", v.state, sizeText(v.done)))

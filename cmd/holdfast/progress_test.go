@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -118,6 +119,38 @@ func testLines(t *testing.T) {
 	}
 	if got := p.warned(); len(got) != 1 || got[0] != "late\uFFFD[2J" {
 		t.Errorf("warnings %q", got)
+	}
+}
+
+func TestInTotal(t *testing.T) { synctest.Test(t, testInTotal) }
+
+// testInTotal: what disks add is added to the whole, and one line says how far that is.
+func testInTotal(t *testing.T) {
+	var b bytes.Buffer
+	c := newStillClock()
+	p := newProgress(c, choosePrinter(&b, options{}))
+	early := p.task("early", "new", 10)
+	all := p.inTotal("VMs", 2, "new", 4<<30)
+	disk := p.task("web/disk0", "new", 1<<30)
+	disk.add(512 << 20)
+	disk.count(1 << 20)
+	early.add(5) // no part of it
+	c.beat()
+	all.part(512 << 20)
+	c.beat()
+	early.end(nil)
+	disk.end(errors.New("lost"))
+	all.end(nil)
+	p.close()
+	want := []string{
+		"in total: 0 of 2 VMs, 12% 512.0 MiB of 4.0 GiB, 1.0 MiB new, 17.1 MiB/s, 3m30s left",
+		"in total: 1 of 2 VMs, 25% 1.0 GiB of 4.0 GiB, 1.0 MiB new, 17.1 MiB/s, 3m00s left",
+		"early: 5 B, 0 B new, in 1m00s",
+		"web/disk0: failed after 512.0 MiB, 1.0 MiB new, 8.5 MiB/s",
+		"in total: 1 of 2 VMs, 1.0 GiB, 1.0 MiB new, 17.1 MiB/s, in 1m00s",
+	}
+	if got := strings.Split(strings.TrimSpace(b.String()), "\n"); !slices.Equal(got, want) {
+		t.Errorf("got\n%s", b.String())
 	}
 }
 

@@ -228,9 +228,10 @@ func (c *call) fromPlatform(ctx context.Context) (*work, error) {
 		src.Close()
 		return nil, err
 	}
-	w := &work{src: src, close: src.Close, atOnce: cmp.Or(c.Int("vms-at-once"), cfg.atOnce, vmsAtOnce)}
+	w := &work{src: src, close: src.Close, atOnce: cmp.Or(c.Int("vms-at-once"), cfg.atOnce, vmsAtOnce), sizes: map[string]int64{}}
 	for _, vm := range list {
 		w.vms = append(w.vms, vm.Name)
+		w.sizes[vm.Name], w.disks = vm.Size, w.disks+vm.Disks
 	}
 	return w, nil
 }

@@ -256,7 +256,15 @@ func TestVSphereMany(t *testing.T) {
 	if err := os.Remove(broken.File("broken.vmdk")); err != nil {
 		t.Fatal(err)
 	}
-	res := l.wants(t, 3, "1 of 201 VMs failed", l.platform("backup", "*", "--json")...)
+	res := l.wants(t, 3, "1 of 201 VMs failed", l.platform("backup", "*", "--json", "-v")...)
+	if want := fmt.Sprintf(`"parts_done":%d,"parts_total":%d,`, vms+1, vms+1); !strings.Contains(res.err, want) {
+		t.Errorf("the progress does not say %s", want)
+	}
+	for _, want := range []string{`"task":"vm007/disk0"`, `"task":"in total"`, fmt.Sprintf(`"bytes_total":%d`, (vms+1)<<20)} {
+		if !strings.Contains(res.err, want) {
+			t.Errorf("the progress does not say %s", want)
+		}
+	}
 	var sum struct {
 		Points []point
 		Failed []struct{ VM, Error string }
