@@ -12,11 +12,17 @@ import (
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
 )
 
-// TestLease: where a datastore has no files the host exports whole disks.
-func TestLease(t *testing.T) {
+// needsQemuImg skips a test for which the double needs that, to make streamOptimized VMDKs.
+func needsQemuImg(t *testing.T) {
+	t.Helper()
 	if _, err := exec.LookPath("qemu-img"); err != nil && os.Getenv("HOLDFAST_TEST_ALL") != "1" {
 		t.Skip(err)
 	}
+}
+
+// TestLease: where a datastore has no files the host exports whole disks.
+func TestLease(t *testing.T) {
+	needsQemuImg(t)
 	for _, esx := range []bool{false, true} {
 		t.Run(map[bool]string{false: "vCenter", true: "ESXi"}[esx], func(t *testing.T) {
 			r := newRig(t, vspheretest.Options{ESX: esx})

@@ -23,6 +23,7 @@ import (
 	"github.com/holdfast-backup/holdfast/store/bucket"
 	"github.com/holdfast-backup/holdfast/store/remote/agent"
 	"github.com/holdfast-backup/holdfast/vsphere"
+	"github.com/holdfast-backup/holdfast/vsphere/vddk"
 )
 
 // Exit codes, a contract that scripts build on. 2 is left out because shells
@@ -70,6 +71,8 @@ func failures() []failure {
 		{isAny(vsphere.ErrUntrusted), exitAccess, "name the authority's certificate as ca_file, or, once you know that the thumbprint is the server's, that as thumbprint"},
 		{isAny(vsphere.ErrNoPrivilege), exitAccess, "give the account a role with that privilege; README lists all"},
 		{isAny(vsphere.ErrNoTarget), exitFailed, "name another one: --datastore, --network, --folder, --pool"},
+		{isAny(vsphere.ErrRunning), exitFailed, "shut the VM down first"},
+		{isAny(vsphere.ErrNoWrite), exitFailed, "name vddk_libdir in the config, or restore it as a new VM: without --in-place"},
 		{isAny(vsphere.ErrAmbiguous), exitFailed, "'holdfast vms --source NAME' shows names that are unique"},
 		{isAny(agent.ErrOtherServer), exitAccess, "the token is of another repository, or somebody else answers at this address; it was not sent"},
 		{isAny(store.ErrToken, agent.ErrVM), exitAccess, "at the repository 'holdfast agent-token list' shows what tokens there are and which VMs they are for"},
@@ -131,6 +134,9 @@ func explain(err error) (code int, message, hint string) {
 	}
 	if e, ok := errors.AsType[*exitError](err); ok {
 		code = e.code
+	}
+	if v, ok := errors.AsType[*vddk.Error](err); ok && v.Hint != "" {
+		hint = v.Hint
 	}
 	if h, ok := errors.AsType[*hinted](err); ok {
 		hint = h.hint

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/vsphere"
+	"github.com/holdfast-backup/holdfast/vsphere/vddk"
 )
 
 func TestExplain(t *testing.T) {
@@ -28,6 +30,8 @@ func TestExplain(t *testing.T) {
 		{wrap(store.ErrLockedPoint), exitFailed, "backup web: point is locked", "no command lifts a lock or makes it shorter: it ends by itself"},
 		{errors.Join(errPartlyDone, errDamageFound), exitDamage, "partly done\ndamage found", ""},
 		{wrap(&accessError{errors.New("wrong password")}), exitAccess, "backup web: wrong password", ""},
+		{wrap(&vddk.Error{Err: errors.New("refused"), Hint: "open port 902"}), exitFailed, "backup web: refused", "open port 902"},
+		{wrap(vsphere.ErrRunning), exitFailed, "backup web: the VM is switched on", "shut the VM down first"},
 		{usagef("what?"), exitUsage, "what?", "see 'holdfast help'"},
 		{wrap(withHint(usagef("what?"), "try %d", 2)), exitUsage, "backup web: what?", "try 2"},
 		{withHint(withHint(errors.New("x"), "inner"), "outer"), exitFailed, "x", "outer"},
