@@ -108,3 +108,9 @@ type Via interface {
 	// Via names the way that was chosen.
 	Via() string
 }
+
+// InOrder is a Disk that may only be readable once, from its beginning to its end, as Extents yields.
+type InOrder interface {
+	// InOrder reports whether it is.
+	InOrder() bool
+}

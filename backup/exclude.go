@@ -38,6 +38,9 @@ func (r *run) leaveOut(ctx context.Context, disks []Disk) *leftOut {
 	defer cancel()
 	var list []volume.Disk
 	for i, d := range disks {
+		if o, ok := d.(InOrder); ok && o.InOrder() { // then nothing can be looked at before it is stored
+			return &leftOut{found: &unneeded.Found{Notes: []string{fmt.Sprintf("disk%d: is read once, in order: nothing is left out of the VM's disks", i)}}}
+		}
 		_, derived := d.(Derived)
 		_, remembers := r.draft.(rememberer)
 		if derived || !remembers && d.ChangeID() != "" {

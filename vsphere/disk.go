@@ -41,6 +41,7 @@ var (
 	_ backup.Disk      = (*disk)(nil)
 	_ backup.Untracked = (*disk)(nil)
 	_ backup.Via       = (*disk)(nil)
+	_ backup.InOrder   = (*disk)(nil)
 )
 
 // ReadAt implements backup.Disk.
@@ -54,6 +55,9 @@ func (d *disk) Size() int64 { return d.size }
 
 // Via implements backup.Via.
 func (d *disk) Via() string { return d.reader.Via() }
+
+// InOrder implements backup.InOrder.
+func (d *disk) InOrder() bool { return d.reader.Via() == TransportLease }
 
 // ChangeID implements backup.Disk.
 func (d *disk) ChangeID() string {

@@ -48,6 +48,15 @@ func TestLease(t *testing.T) {
 			if p.Stats.New > 4*mib {
 				t.Errorf("%d bytes are new", p.Stats.New)
 			}
+			// What is left out has to be found before anything is read: here that cannot be.
+			p, err := r.backup(src, "web", backup.Options{Exclude: backup.Exclude{Swap: true, Free: true}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.wantDisks(p, r.truth(vm))
+			if len(p.Kept) != 1 || !strings.Contains(p.Kept[0], "in order") || len(p.Warnings) > 0 {
+				t.Errorf("kept %q, warnings %q", p.Kept, p.Warnings)
+			}
 			r.nothingLeft(vm)
 			if n := r.server.Counts().OpenLeases; n != 0 {
 				t.Errorf("%d leases are open", n)
