@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -148,7 +150,7 @@ func TestConfig(t *testing.T) {
 		Networks   map[string]string
 		Attributes map[string]string `json:"custom_attributes"`
 	}
-	if err := json.Unmarshal(files["inventory.json"], &where); err != nil || where.Path != "/DC0/vm/prod/web" || where.Attributes["owner"] != "ann" || len(where.Networks) == 0 {
+	if err := json.Unmarshal(files["inventory.json"], &where); err != nil || where.Path != "/DC0/vm/prod/web" || where.Attributes["owner"] != "ann" || len(where.Networks) != 1 || !slices.Contains(slices.Collect(maps.Values(where.Networks)), "VM Network") {
 		t.Errorf("inventory.json says %+v, %v", where, err)
 	}
 	var disks []struct {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"slices"
 
 	"github.com/vmware/govmomi/vim25/mo"
 	"github.com/vmware/govmomi/vim25/types"
@@ -109,13 +110,25 @@ func (s *snapshot) inventory(ctx context.Context) (*inventory, error) {
 func (s *Source) names(ctx context.Context, refs []types.ManagedObjectReference) (map[string]string, error) {
 	out := map[string]string{}
 	for _, ref := range refs {
-		var e mo.ManagedEntity
-		if err := s.c.retrieve(ctx, ref, []string{"name"}, &e); err != nil {
+		name, err := s.nameOf(ctx, ref)
+		if err != nil {
 			return nil, err
 		}
-		out[ref.Value] = unescape(e.Name)
+		out[ref.Value] = unescape(name)
 	}
 	return out, nil
+}
+
+// nameOf gives the name of an object. In networks govmomi has it in a field of their own.
+func (s *Source) nameOf(ctx context.Context, ref types.ManagedObjectReference) (string, error) {
+	if slices.Contains([]string{"Network", "DistributedVirtualPortgroup", "OpaqueNetwork"}, ref.Type) {
+		var n mo.Network
+		err := s.c.retrieve(ctx, ref, []string{"name"}, &n)
+		return n.Name, err
+	}
+	var e mo.ManagedEntity
+	err := s.c.retrieve(ctx, ref, []string{"name"}, &e)
+	return e.Name, err
 }
 
 // mappedDisk says which disk of a VM a disk of the point is.

@@ -88,6 +88,8 @@ func TestRestore(t *testing.T) {
 			spec.ExtraConfig = map[string]string{"disk.EnableUUID": "TRUE", "sched.swap.derivedName": "/vmfs/x.vswp"}
 			if esx {
 				spec.Folder = ""
+			} else {
+				spec.Networks = append(spec.Networks, "DC0_DVPG0")
 			}
 			vm := r.add(spec)
 			src := r.source()
@@ -140,7 +142,12 @@ func (r *rig) wantSame(a, b *store.Point) {
 			case types.BaseVirtualSCSIController:
 				out += fmt.Sprintf("%T %d\n", v, v.GetVirtualSCSIController().BusNumber)
 			case types.BaseVirtualEthernetCard:
-				out += fmt.Sprintf("%T %v\n", v, v.GetVirtualEthernetCard().Backing.(*types.VirtualEthernetCardNetworkBackingInfo).DeviceName)
+				switch b := v.GetVirtualEthernetCard().Backing.(type) {
+				case *types.VirtualEthernetCardNetworkBackingInfo:
+					out += fmt.Sprintf("%T %s\n", v, b.DeviceName)
+				case *types.VirtualEthernetCardDistributedVirtualPortBackingInfo:
+					out += fmt.Sprintf("%T %s %s\n", v, b.Port.PortgroupKey, b.Port.SwitchUuid)
+				}
 			}
 		}
 		lines := strings.Split(out, "\n")

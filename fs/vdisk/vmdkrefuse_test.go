@@ -81,6 +81,7 @@ func TestVMDKDescriptorChecks(t *testing.T) {
 		{"CID=1\n", "CID=xyz\n", ErrCorrupt},
 		{"\n", "\r\n", nil},
 		{"parentCID=ffffffff", "parentCID=2", ErrCorrupt},
+		{"parentCID=ffffffff", "parentCID=0", nil},
 		{"parentCID=ffffffff", "parentCID=2\nparentFileNameHint=\"x\"", ErrRefused},
 		{"# Disk DescriptorFile", "\n  # Disk DescriptorFile", nil},
 		{"# Disk DescriptorFile", "# A disk", ErrCorrupt},
@@ -88,6 +89,9 @@ func TestVMDKDescriptorChecks(t *testing.T) {
 		if _, err := openText([]byte(strings.ReplaceAll(whole, c.was, c.is)), flat); !errors.Is(err, c.want) {
 			t.Errorf("%q for %q: %v", c.is, c.was, err)
 		}
+	}
+	if _, err := openText(deltaText("twoGbMaxExtentSparse", "1", "0", "", `RW 100 SPARSE "x"`), flat); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "parentCID") {
+		t.Errorf("parent 0 of a sparse disk: %v", err)
 	}
 	if _, err := OpenVMDK(strings.NewReader(whole), int64(len(whole)), VMDKOptions{}); !errors.Is(err, ErrRefused) {
 		t.Errorf("no way to open extents: %v", err)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -101,6 +102,11 @@ func (t *vmdkText) set(key, value string) (err error) {
 	return err
 }
 
+// flat reports whether no extent is sparse.
+func (t *vmdkText) flat() bool {
+	return !slices.ContainsFunc(t.extents, func(e vmdkExtent) bool { return e.kind != "FLAT" && e.kind != "VMFS" && e.kind != "ZERO" })
+}
+
 func (t *vmdkText) check(hasCID bool) error {
 	switch strings.ToLower(t.createType) {
 	case "monolithicsparse", "monolithicflat", "streamoptimized", "sesparse",
@@ -115,6 +121,10 @@ func (t *vmdkText) check(hasCID bool) error {
 	}
 	if !hasCID {
 		return corrupt("the descriptor has no CID")
+	}
+	// govmomi (vmdk.Descriptor) writes 0. A flat extent holds all bytes, so no parent could be seen through it.
+	if t.parentCID == 0 && t.parent == "" && t.flat() {
+		t.parentCID = vmdkNoParent
 	}
 	if t.parentCID != vmdkNoParent && t.parent == "" {
 		return corrupt("parentCID is %08x, but there is no parentFileNameHint", t.parentCID)
