@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -127,20 +128,21 @@ func (e *export) abort() error {
 	return nil
 }
 
-// urlOf finds the disk by its place on its controller, as in "/vm-12/VirtualLsiLogicController0:1".
-func (e *export) urlOf(dev *device) (*types.HttpNfcLeaseDeviceUrl, error) {
-	return e.urlAt(fmt.Sprintf("/%s%d:%d", dev.controllerType, dev.bus, dev.unit))
-}
-
-func (e *export) urlAt(suffix string) (*types.HttpNfcLeaseDeviceUrl, error) {
+// urlOf finds a disk by its place on its controller, "VirtualLsiLogicController0:1", as in "/vm-12/VirtualLsiLogicController0:1", or by its number among
+// the disks of the VM, as vcsim has it: "/vm-12/disk:1".
+func (e *export) urlOf(place string, number int) (*types.HttpNfcLeaseDeviceUrl, error) {
+	for _, suffix := range []string{"/" + place, fmt.Sprintf("/disk:%d", number)} {
+		for i := range e.urls {
+			if strings.HasSuffix(e.urls[i].Key, suffix) || strings.HasSuffix(e.urls[i].ImportKey, suffix) {
+				return &e.urls[i], nil
+			}
+		}
+	}
 	var all []string
 	for i := range e.urls {
-		if strings.HasSuffix(e.urls[i].Key, suffix) || strings.HasSuffix(e.urls[i].ImportKey, suffix) {
-			return &e.urls[i], nil
-		}
 		all = append(all, e.urls[i].Key)
 	}
-	return nil, fmt.Errorf("the host knows no %s, but %q", suffix, all)
+	return nil, fmt.Errorf("the host knows no %s, but %q", place, all)
 }
 
 // leaseReader reads a disk as the host sends it.
@@ -161,7 +163,8 @@ func (s *Source) openLease(ctx context.Context, snap *snapshot, dev *device) (re
 	if err != nil {
 		return nil, missing(err)
 	}
-	at, err := e.urlOf(dev)
+	number := slices.IndexFunc(disksOf(snap.config.Hardware.Device), func(d device) bool { return d.key == dev.key })
+	at, err := e.urlOf(fmt.Sprintf("%s%d:%d", dev.controllerType, dev.bus, dev.unit), number)
 	if err != nil {
 		return nil, err
 	}

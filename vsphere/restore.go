@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vmware/govmomi/fault"
 	"github.com/vmware/govmomi/nfc"
 	"github.com/vmware/govmomi/vim25/methods"
 	"github.com/vmware/govmomi/vim25/mo"
@@ -135,6 +136,7 @@ func (r *restoring) fill(ctx context.Context) (ref types.ManagedObjectReference,
 	defer func() {
 		if err != nil {
 			_ = e.abort()
+			err = errors.Join(err, r.remove(e.entity))
 		}
 	}()
 	if err := e.ready(ctx); err != nil {
@@ -144,7 +146,7 @@ func (r *restoring) fill(ctx context.Context) (ref types.ManagedObjectReference,
 	go e.live()
 	defer e.stop()
 	for i := range r.disks {
-		if err := r.send(ctx, e, &r.disks[i]); err != nil {
+		if err := r.send(ctx, e, i); err != nil {
 			return ref, fmt.Errorf("%s: %w", r.disks[i].Name, err)
 		}
 	}
@@ -155,9 +157,27 @@ func (r *restoring) fill(ctx context.Context) (ref types.ManagedObjectReference,
 	return e.entity, nil
 }
 
+// remove removes a VM whose disks did not come. A vCenter has done that when the lease was aborted.
+func (r *restoring) remove(ref types.ManagedObjectReference) error {
+	if ref.Value == "" {
+		return nil // it was not made
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), verifyTime)
+	defer cancel()
+	res, err := methods.Destroy_Task(ctx, r.src.c, &types.Destroy_Task{This: ref})
+	if err == nil {
+		_, err = r.src.wait(ctx, res.Returnval)
+	}
+	if err == nil || fault.Is(err, &types.ManagedObjectNotFound{}) {
+		return nil
+	}
+	return fmt.Errorf("the VM that was begun could not be removed: %w", missing(err))
+}
+
 // send uploads a disk as a streamOptimized VMDK, which is made while it is sent.
-func (r *restoring) send(ctx context.Context, e *export, d *restoredDisk) (err error) {
-	at, err := e.urlAt("/" + d.place)
+func (r *restoring) send(ctx context.Context, e *export, number int) (err error) {
+	d := &r.disks[number]
+	at, err := e.urlOf(d.place, number)
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -18,13 +17,6 @@ import (
 	"github.com/holdfast-backup/holdfast/vsphere"
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
 )
-
-func needQEMU(t *testing.T) {
-	t.Helper()
-	if _, err := exec.LookPath("qemu-img"); err != nil && os.Getenv("HOLDFAST_TEST_ALL") != "1" {
-		t.Skip(err)
-	}
-}
 
 // configFile gives a configuration file of a point.
 func (r *rig) configFile(p *store.Point, name string) []byte {
@@ -79,7 +71,7 @@ func (r *rig) wantFlat(dir string, want [][]byte) {
 
 // TestRestore makes a new VM out of a point: its disks hold what was frozen, on the same controllers; it is switched off, not connected, and has an identity of its own.
 func TestRestore(t *testing.T) {
-	needQEMU(t)
+	needsQemuImg(t)
 	for _, esx := range []bool{false, true} {
 		t.Run(map[bool]string{false: "vCenter", true: "ESXi"}[esx], func(t *testing.T) {
 			r := newRig(t, vspheretest.Options{ESX: esx})
@@ -175,7 +167,7 @@ func (r *rig) wantSame(a, b *store.Point) {
 
 // TestRestoreElsewhere: a point of another platform, and places that are told.
 func TestRestoreElsewhere(t *testing.T) {
-	needQEMU(t)
+	needsQemuImg(t)
 	r := newRig(t, vspheretest.Options{})
 	vm := r.add(threeDisks("web"))
 	src := r.source()
@@ -208,7 +200,7 @@ func TestRestoreElsewhere(t *testing.T) {
 
 // TestRestoreFails: where a restore fails there is no VM, and no lease is open.
 func TestRestoreFails(t *testing.T) {
-	needQEMU(t)
+	needsQemuImg(t)
 	r := newRig(t, vspheretest.Options{})
 	r.add(oneDisk("web"))
 	src := r.source()
@@ -222,6 +214,11 @@ func TestRestoreFails(t *testing.T) {
 	if _, err := src.Restore(t.Context(), r.restoreOf(p, "cut")); err == nil {
 		t.Error("the connection was lost")
 	}
+	// A server that keeps what was begun.
+	r.server.Misbehave(func(f *vspheretest.Faults) { f.LeaseCut, f.LeaseCuts, f.LeaseKeeps = 100_000, 1, true })
+	if _, err := src.Restore(t.Context(), r.restoreOf(p, "kept")); err == nil {
+		t.Error("the connection was lost")
+	}
 	list, err := src.List(t.Context())
 	if err != nil || len(list) != 1 {
 		t.Errorf("%+v, %v", list, err)
@@ -229,6 +226,22 @@ func TestRestoreFails(t *testing.T) {
 	if n := r.server.Counts().OpenLeases; n != 0 {
 		t.Errorf("%d leases are open", n)
 	}
+}
+
+// TestLeaseNumbers: disks of leases that have numbers in the place of controllers.
+func TestLeaseNumbers(t *testing.T) {
+	needsQemuImg(t)
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(threeDisks("web"))
+	r.server.Misbehave(func(f *vspheretest.Faults) { f.LeaseNumbers = true })
+	r.cfg.Transport = vsphere.TransportLease
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	r.wantDisks(p, r.truth(vm))
+	if _, err := src.Restore(t.Context(), r.restoreOf(p, "new")); err != nil {
+		t.Fatal(err)
+	}
+	r.wantFlat(filepath.Join(filepath.Dir(filepath.Dir(vm.File("x"))), "new"), r.truth(vm))
 }
 
 var errBroken = errors.New("a broken chunk")

@@ -142,7 +142,7 @@ func (s *Server) importVM(ctx *simulator.Context, l *lease, folder *simulator.Fo
 	}
 	l.vm = vm
 	l.close = func(ok bool) {
-		if !ok {
+		if !ok && !s.lies(func(f *Faults) bool { return f.LeaseKeeps }) {
 			vm.destroy(s.context())
 		}
 	}
@@ -158,7 +158,7 @@ func (s *Server) importVM(ctx *simulator.Context, l *lease, folder *simulator.Fo
 		}
 		name := fmt.Sprintf("disk-%d.vmdk", len(names))
 		names = append(names, name)
-		place := devicePlace(devices, dev)
+		place := s.leasePlace(devices, dev, len(names)-1)
 		l.files[name] = &leaseFile{key: "/" + vm.ref.Value + "/" + place, importKey: "/" + vm.name() + "/" + place, disk: d, size: d.size}
 	}
 	vm.mu.Unlock()

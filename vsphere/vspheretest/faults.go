@@ -60,6 +60,8 @@ type Faults struct {
 	LeaseFails int
 	LeaseCut   int64 // the connection is dropped after this many bytes, LeaseCuts times
 	LeaseCuts  int
+	// As the plain vcsim does: devices are called "/vm-12/disk:1" in leases, and a VM whose import was aborted stays.
+	LeaseNumbers, LeaseKeeps bool
 }
 
 // Misbehave changes the faults. It may be called at any moment.
@@ -83,6 +85,13 @@ func (s *Server) fault(f func(f *Faults) types.BaseMethodFault) types.BaseMethod
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return f(&s.faults)
+}
+
+// lies reports whether the server misbehaves in a way.
+func (s *Server) lies(how func(f *Faults) bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return how(&s.faults)
 }
 
 type areasLies struct {

@@ -60,6 +60,14 @@ func (o *vmObject) ExportVm(ctx *simulator.Context, _ *types.ExportVm) soap.HasF
 	return body
 }
 
+// leasePlace is what a lease calls a disk.
+func (s *Server) leasePlace(devices []types.BaseVirtualDevice, dev types.BaseVirtualDevice, number int) string {
+	if s.lies(func(f *Faults) bool { return f.LeaseNumbers }) {
+		return fmt.Sprintf("disk:%d", number)
+	}
+	return devicePlace(devices, dev)
+}
+
 // export makes a lease with the disks, and the nvram as vCenter 8 gives it along.
 func (s *Server) export(ctx *simulator.Context, vm *VM, devices []types.BaseVirtualDevice, disks map[int32]*frozenDisk) *lease {
 	l := s.newLease(ctx, vm)
@@ -84,7 +92,7 @@ func (s *Server) export(ctx *simulator.Context, vm *VM, devices []types.BaseVirt
 		}
 		name := fmt.Sprintf("disk-%d.vmdk", len(names))
 		names, keys[name] = append(names, name), key
-		place := devicePlace(devices, dev)
+		place := s.leasePlace(devices, dev, len(names)-1)
 		l.files[name] = &leaseFile{key: "/" + vm.ref.Value + "/" + place, importKey: "/" + vm.name() + "/" + place, file: filepath.Join(dir, name), size: disks[key].size}
 	}
 	if _, err := os.Stat(vm.File(vm.fileName(".nvram"))); err == nil {
