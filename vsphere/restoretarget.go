@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -60,7 +61,7 @@ func (r *restoring) find(ctx context.Context) error {
 	if err := r.findPool(all, cmp.Or(r.what.Pool, was.Pool)); err != nil {
 		return err
 	}
-	return r.findStores(ctx, v, all, &was)
+	return r.findStores(ctx, v, &was)
 }
 
 // findFolder finds the folder, and with it the datacenter. The old one's that is not there any more becomes the first of its datacenter.
@@ -149,33 +150,10 @@ func namesIn(list []thing) []string {
 }
 
 // findStores finds the datastore, and what networks there are.
-func (r *restoring) findStores(ctx context.Context, v *view.ContainerView, all places, was *inventory) error {
-	var stores []mo.Datastore
-	if err := v.Retrieve(ctx, []string{"Datastore"}, []string{"name", "summary"}, &stores); err != nil {
+func (r *restoring) findStores(ctx context.Context, v *view.ContainerView, was *inventory) error {
+	if _, err := r.findDatastore(ctx, v, was); err != nil {
 		return err
 	}
-	var usable []string
-	for _, d := range stores {
-		if d.Summary.Accessible {
-			usable = append(usable, d.Name)
-		}
-	}
-	slices.Sort(usable)
-	want := r.what.Datastore
-	if want == "" {
-		for _, name := range was.Datastores {
-			if slices.Contains(usable, name) {
-				want = name
-			}
-		}
-	}
-	if want == "" && len(usable) == 1 {
-		want = usable[0]
-	}
-	if !slices.Contains(usable, want) {
-		return fmt.Errorf("datastore %q: %w; there are %q", want, ErrNoTarget, usable)
-	}
-	r.to.datastoreName = want
 	var nets []mo.Network
 	if err := v.Retrieve(ctx, []string{"Network"}, []string{"name"}, &nets); err != nil {
 		return err
@@ -184,6 +162,53 @@ func (r *restoring) findStores(ctx context.Context, v *view.ContainerView, all p
 		r.to.networks = append(r.to.networks, thing{unescape(n.Name), n.Self})
 	}
 	return nil
+}
+
+// findDatastore finds the datastore: as told, or one that the old VM was on. was may be nil.
+func (r *restoring) findDatastore(ctx context.Context, v *view.ContainerView, was *inventory) (ref types.ManagedObjectReference, err error) {
+	var stores []mo.Datastore
+	if err := v.Retrieve(ctx, []string{"Datastore"}, []string{"name", "summary"}, &stores); err != nil {
+		return ref, err
+	}
+	usable := map[string]types.ManagedObjectReference{}
+	for _, d := range stores {
+		if d.Summary.Accessible {
+			usable[d.Name] = d.Self
+		}
+	}
+	want := r.what.Datastore
+	if want == "" && was != nil {
+		for _, name := range append(slices.Sorted(maps.Values(was.Datastores)), r.home()) { // the last that is there
+			if _, ok := usable[name]; ok {
+				want = name
+			}
+		}
+	}
+	names := slices.Sorted(maps.Keys(usable))
+	if want == "" && len(names) == 1 {
+		want = names[0]
+	}
+	ref, ok := usable[want]
+	if !ok {
+		return ref, fmt.Errorf("datastore %q: %w; there are %q", want, ErrNoTarget, names)
+	}
+	r.to.datastoreName = want
+	return ref, nil
+}
+
+// home is the datastore of the old VM's configuration file; empty when unknown.
+func (r *restoring) home() string {
+	var c struct {
+		Files struct{ VMPathName string }
+	}
+	if json.Unmarshal(r.what.Config, &c) != nil {
+		return ""
+	}
+	at, err := parsePlace(c.Files.VMPathName)
+	if err != nil {
+		return ""
+	}
+	return at.datastore
 }
 
 // network gives the backing of a card in the new place.

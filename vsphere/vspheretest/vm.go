@@ -41,6 +41,13 @@ type snapshot struct {
 	disks    map[int32]*frozenDisk
 }
 
+// VM gives the VM of an id, "vm-12"; nil when there is none.
+func (s *Server) VM(id string) *VM {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.vms[types.ManagedObjectReference{Type: "VirtualMachine", Value: id}]
+}
+
 // adopt makes a VM of ours of one that vcsim has, and of the files that it names.
 func (s *Server) adopt(ctx *simulator.Context, ref types.ManagedObjectReference) (*VM, error) {
 	sim := ctx.Map.Get(ref).(*simulator.VirtualMachine)

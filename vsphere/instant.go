@@ -1,0 +1,452 @@
+package vsphere
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vmware/govmomi/fault"
+	"github.com/vmware/govmomi/view"
+	"github.com/vmware/govmomi/vim25/methods"
+	"github.com/vmware/govmomi/vim25/mo"
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+// Instant is a VM that runs out of an NFS export of ours: what is, or is to be, on the server. Whoever keeps it (as JSON) before each step can finish or
+// undo the steps after a crash: each of them may be done twice.
+type Instant struct {
+	Host      string `json:"host"`      // that mounts the export: managed object, "host-12"
+	Datastore string `json:"datastore"` // what the export is called there
+	Server    string `json:"server"`    // address of the NFS server, as the host reaches it
+	Export    string `json:"export"`    // path of the export
+	VMX       string `json:"vmx"`       // path in the export: "web/web.vmx"
+	Name      string `json:"name"`      // of the VM
+	Folder    string `json:"folder"`    // of the inventory: managed object
+	Pool      string `json:"pool"`      // managed object
+	Keep      bool   `json:"keep"`      // the identity of the VM of the point
+	VM        string `json:"vm,omitempty"`
+}
+
+// InstantState is what is on the server.
+type InstantState struct {
+	Mounted    bool
+	Registered bool
+	On         bool
+	// Ours reports whether files of the VM are on the export; not any more when it was moved away.
+	Ours bool
+	VM   string // managed object
+}
+
+// InstantPlace says where a VM is to run; empty: as the VM of the point did, or else the first that can.
+type InstantPlace struct {
+	Host, Folder, Pool string
+	Inventory          []byte // inventory.json of the point; may be empty
+}
+
+// FindPlace chooses where a VM runs.
+func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (warnings []string, err error) {
+	r := &restoring{src: s, what: &Restore{Folder: p.Folder, Pool: p.Pool, Inventory: p.Inventory}}
+	var was inventory
+	if len(p.Inventory) > 0 {
+		if err := json.Unmarshal(p.Inventory, &was); err != nil {
+			return nil, fmt.Errorf("inventory.json: %w", err)
+		}
+	}
+	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder,
+		[]string{"Folder", "Datacenter", "ResourcePool", "HostSystem", "ComputeResource"}, true)
+	if err != nil {
+		return nil, fmt.Errorf("vsphere: %w", missing(err))
+	}
+	defer v.Destroy(context.WithoutCancel(ctx))
+	all, err := placesOf(ctx, v)
+	if err != nil {
+		return nil, err
+	}
+	folder := p.Folder
+	if folder == "" && was.Path != "" {
+		folder = path.Dir(was.Path)
+	}
+	if err := r.findFolder(all, folder); err != nil {
+		return nil, fmt.Errorf("vsphere: %w", err)
+	}
+	host, owner, err := s.chooseHost(ctx, v, p.Host, was.Host)
+	if err != nil {
+		return nil, fmt.Errorf("vsphere: %w", err)
+	}
+	pool, err := s.poolOf(ctx, all, owner, p.Pool, was.Pool)
+	if err != nil {
+		return nil, fmt.Errorf("vsphere: %w", err)
+	}
+	i.Host, i.Folder, i.Pool = host.Value, r.to.folder.Value, pool.Value
+	return r.warnings, nil
+}
+
+// chooseHost gives a host that can run VMs, and its compute resource.
+func (s *Source) chooseHost(ctx context.Context, v *view.ContainerView, want, was string) (host, owner types.ManagedObjectReference, err error) {
+	var hosts []mo.HostSystem
+	if err := v.Retrieve(ctx, []string{"HostSystem"}, []string{"name", "parent", "runtime.connectionState", "runtime.inMaintenanceMode"}, &hosts); err != nil {
+		return host, owner, err
+	}
+	slices.SortFunc(hosts, func(a, b mo.HostSystem) int { return strings.Compare(a.Name, b.Name) })
+	var able []string
+	for _, h := range hosts {
+		if h.Parent == nil || h.Runtime.ConnectionState != types.HostSystemConnectionStateConnected || h.Runtime.InMaintenanceMode {
+			continue
+		}
+		name := unescape(h.Name)
+		if able = append(able, name); want == "" && (host.Value == "" || name == was) || name == want {
+			host, owner = h.Self, *h.Parent
+		}
+	}
+	if host.Value == "" {
+		return host, owner, fmt.Errorf("host %q: %w, or cannot run VMs now; there are %q", want, ErrNoTarget, able)
+	}
+	return host, owner, nil
+}
+
+// poolOf gives a resource pool of a compute resource: the one of the name, or its root.
+func (s *Source) poolOf(ctx context.Context, all places, owner types.ManagedObjectReference, want, was string) (types.ManagedObjectReference, error) {
+	var c mo.ComputeResource
+	if err := s.c.retrieve(ctx, owner, []string{"resourcePool"}, &c); err != nil {
+		return types.ManagedObjectReference{}, err
+	}
+	if c.ResourcePool == nil {
+		return types.ManagedObjectReference{}, fmt.Errorf("%s has no resource pool", owner.Value)
+	}
+	root := *c.ResourcePool
+	found := root
+	var names []string
+	for ref, e := range all {
+		if ref.Type != "ResourcePool" || !below(all, ref, root) {
+			continue
+		}
+		name := unescape(e.Name)
+		names = append(names, name)
+		if name == want || want == "" && name == was {
+			found = ref
+		}
+	}
+	if slices.Sort(names); want != "" && !slices.Contains(names, want) {
+		return root, fmt.Errorf("resource pool %q: %w for that host; there are %q", want, ErrNoTarget, names)
+	}
+	return found, nil
+}
+
+// below reports whether an object is another one or below it.
+func below(all places, ref, root types.ManagedObjectReference) bool {
+	for range maxDepth {
+		if ref == root {
+			return true
+		}
+		e, ok := all[ref]
+		if !ok || e.Parent == nil {
+			return false
+		}
+		ref = *e.Parent
+	}
+	return false
+}
+
+// Look says what of it is there.
+func (s *Source) Look(ctx context.Context, i *Instant) (st InstantState, err error) {
+	ds, err := s.datastoreOf(ctx, i)
+	if err != nil {
+		return st, err
+	}
+	var vms []types.ManagedObjectReference
+	if ds != nil {
+		st.Mounted, vms = true, ds.Vm
+	}
+	if i.VM != "" && !slices.ContainsFunc(vms, func(r types.ManagedObjectReference) bool { return r.Value == i.VM }) {
+		vms = append(vms, types.ManagedObjectReference{Type: "VirtualMachine", Value: i.VM})
+	}
+	for _, ref := range vms {
+		var vm mo.VirtualMachine
+		err := s.c.retrieve(ctx, ref, []string{"config.files.vmPathName", "runtime.powerState", "datastore"}, &vm)
+		if fault.Is(err, &types.ManagedObjectNotFound{}) {
+			continue
+		}
+		if err != nil {
+			return st, fmt.Errorf("vsphere: %w", missing(err))
+		}
+		if ref.Value != i.VM && (vm.Config == nil || vm.Config.Files.VmPathName != i.vmxPath()) {
+			continue
+		}
+		st.Registered, st.VM, st.On = true, ref.Value, vm.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOff
+		st.Ours = ds != nil && slices.Contains(vm.Datastore, ds.Self)
+	}
+	return st, nil
+}
+
+func (i *Instant) vmxPath() string { return "[" + i.Datastore + "] " + i.VMX }
+
+// datastoreOf finds the datastore of the export; nil when there is none. One of its name that is something else is an error.
+func (s *Source) datastoreOf(ctx context.Context, i *Instant) (*mo.Datastore, error) {
+	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder, []string{"Datastore"}, true)
+	if err != nil {
+		return nil, fmt.Errorf("vsphere: %w", missing(err))
+	}
+	defer v.Destroy(context.WithoutCancel(ctx))
+	var all []mo.Datastore
+	if err := v.Retrieve(ctx, []string{"Datastore"}, []string{"name", "info", "vm", "host"}, &all); err != nil {
+		return nil, fmt.Errorf("vsphere: %w", missing(err))
+	}
+	for k := range all {
+		if all[k].Name != i.Datastore {
+			continue
+		}
+		nas, ok := all[k].Info.(*types.NasDatastoreInfo)
+		if !ok || nas.Nas == nil || nas.Nas.RemoteHost != i.Server || nas.Nas.RemotePath != i.Export {
+			return nil, fmt.Errorf("vsphere: there is a datastore %s that is not %s:%s", i.Datastore, i.Server, i.Export)
+		}
+		return &all[k], nil
+	}
+	return nil, nil
+}
+
+func (s *Source) datastoreSystem(ctx context.Context, i *Instant) (ref types.ManagedObjectReference, err error) {
+	var h mo.HostSystem
+	if err := s.c.retrieve(ctx, i.hostRef(), []string{"configManager.datastoreSystem"}, &h); err != nil {
+		return ref, err
+	}
+	if h.ConfigManager.DatastoreSystem == nil {
+		return ref, errors.New("the host has no datastores")
+	}
+	return *h.ConfigManager.DatastoreSystem, nil
+}
+
+func (i *Instant) hostRef() types.ManagedObjectReference {
+	return types.ManagedObjectReference{Type: "HostSystem", Value: i.Host}
+}
+
+func (i *Instant) vmRef() types.ManagedObjectReference {
+	return types.ManagedObjectReference{Type: "VirtualMachine", Value: i.VM}
+}
+
+// Mount makes the export a datastore of the host, unless it is.
+func (s *Source) Mount(ctx context.Context, i *Instant) error {
+	if ds, err := s.datastoreOf(ctx, i); err != nil || ds != nil {
+		return err
+	}
+	sys, err := s.datastoreSystem(ctx, i)
+	if err == nil {
+		_, err = methods.CreateNasDatastore(ctx, s.c, &types.CreateNasDatastore{This: sys, Spec: types.HostNasVolumeSpec{
+			RemoteHost: i.Server, RemotePath: i.Export, LocalPath: i.Datastore, AccessMode: string(types.HostMountModeReadWrite), Type: string(types.HostFileSystemVolumeFileSystemTypeNFS)}})
+	}
+	if err != nil {
+		return fmt.Errorf("vsphere: mount %s:%s as %s: %w", i.Server, i.Export, i.Datastore, missing(err))
+	}
+	s.logf("%s: mounted", i.Datastore)
+	return nil
+}
+
+// Register makes the folder a VM, unless it is one. i.VM is set.
+func (s *Source) Register(ctx context.Context, i *Instant) error {
+	st, err := s.Look(ctx, i)
+	if err != nil {
+		return err
+	}
+	if st.Registered {
+		i.VM = st.VM
+		return nil
+	}
+	host := i.hostRef()
+	res, err := methods.RegisterVM_Task(ctx, s.c, &types.RegisterVM_Task{This: types.ManagedObjectReference{Type: "Folder", Value: i.Folder}, Path: i.vmxPath(), Name: i.Name,
+		Pool: &types.ManagedObjectReference{Type: "ResourcePool", Value: i.Pool}, Host: &host})
+	var made types.AnyType
+	if err == nil {
+		made, err = s.wait(ctx, res.Returnval)
+	}
+	if err != nil {
+		return fmt.Errorf("vsphere: register %s: %w", i.vmxPath(), missing(err))
+	}
+	ref, ok := made.(types.ManagedObjectReference)
+	if !ok {
+		return fmt.Errorf("vsphere: register %s: the server does not say which VM it is", i.vmxPath())
+	}
+	i.VM = ref.Value
+	return nil
+}
+
+// PowerOn starts the VM, and answers what the host asks about files that were moved or copied.
+func (s *Source) PowerOn(ctx context.Context, i *Instant) error {
+	res, err := methods.PowerOnVM_Task(ctx, s.c, &types.PowerOnVM_Task{This: i.vmRef()})
+	if err == nil {
+		asked, cancel := context.WithCancel(ctx)
+		answered := make(chan error, 1)
+		go func() { answered <- s.answer(asked, i) }()
+		_, err = s.wait(ctx, res.Returnval)
+		cancel()
+		if aerr := <-answered; err != nil && aerr != nil {
+			err = errors.Join(err, aerr)
+		}
+	}
+	var was *types.InvalidPowerState
+	if _, ok := fault.As(err, &was); ok && was.ExistingState == types.VirtualMachinePowerStatePoweredOn {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("vsphere: switch %s on: %w", i.Name, missing(err))
+	}
+	return nil
+}
+
+// askedEvery is how often the VM is looked at for a question, while it is switched on.
+const askedEvery = 200 * time.Millisecond
+
+// answer answers questions about the identity of the VM until ctx ends; another question is an error.
+func (s *Source) answer(ctx context.Context, i *Instant) error {
+	for {
+		var vm mo.VirtualMachine
+		if err := s.c.retrieve(ctx, i.vmRef(), []string{"runtime.question"}, &vm); err != nil {
+			return nil // the task tells
+		}
+		if q := vm.Runtime.Question; q != nil {
+			choice, want := "", map[bool]string{true: "moved", false: "copied"}[i.Keep]
+			for _, c := range q.Choice.ChoiceInfo {
+				if d := c.GetElementDescription(); strings.Contains(strings.ToLower(d.Label+d.Summary), want) {
+					choice = d.Key
+				}
+			}
+			if choice == "" {
+				return fmt.Errorf("the host asks: %s", q.Text)
+			}
+			if _, err := methods.AnswerVM(ctx, s.c, &types.AnswerVM{This: i.vmRef(), QuestionId: q.Id, AnswerChoice: choice}); err != nil {
+				return err
+			}
+			s.logf("%s: answered %q with %q", i.Name, q.Text, choice)
+		}
+		if s.cfg.Sleep(ctx, askedEvery) != nil {
+			return nil
+		}
+	}
+}
+
+// PowerOff switches the VM off; with patience the guest is asked to shut down before that.
+func (s *Source) PowerOff(ctx context.Context, i *Instant, patience time.Duration) error {
+	st, err := s.Look(ctx, i)
+	if err != nil || !st.On {
+		return err
+	}
+	if patience > 0 {
+		if _, err := methods.ShutdownGuest(ctx, s.c, &types.ShutdownGuest{This: i.vmRef()}); err == nil {
+			for end := time.Now().Add(patience); time.Now().Before(end); {
+				if err := s.cfg.Sleep(ctx, time.Second); err != nil {
+					return err
+				}
+				if st, err := s.Look(ctx, i); err != nil || !st.On {
+					return err
+				}
+			}
+		}
+	}
+	res, err := methods.PowerOffVM_Task(ctx, s.c, &types.PowerOffVM_Task{This: i.vmRef()})
+	if err == nil {
+		_, err = s.wait(ctx, res.Returnval)
+	}
+	if err != nil && !fault.Is(err, &types.InvalidPowerState{}) {
+		return fmt.Errorf("vsphere: switch %s off: %w", i.Name, missing(err))
+	}
+	return nil
+}
+
+// ErrStillUsed: the VM runs, or has its files on the export.
+var ErrStillUsed = errors.New("the VM runs from it")
+
+// Remove takes the VM, if it is off and has its files on the export, and the datastore away from the server.
+func (s *Source) Remove(ctx context.Context, i *Instant) error {
+	st, err := s.Look(ctx, i)
+	if err != nil {
+		return err
+	}
+	if st.Registered && st.Ours {
+		if st.On {
+			return fmt.Errorf("vsphere: %s: %w", i.Datastore, ErrStillUsed)
+		}
+		_, err := methods.UnregisterVM(ctx, s.c, &types.UnregisterVM{This: types.ManagedObjectReference{Type: "VirtualMachine", Value: st.VM}})
+		if err != nil && !fault.Is(err, &types.ManagedObjectNotFound{}) {
+			return fmt.Errorf("vsphere: unregister %s: %w", i.Name, missing(err))
+		}
+	}
+	ds, err := s.datastoreOf(ctx, i)
+	if err != nil || ds == nil {
+		return err
+	}
+	for _, m := range ds.Host { // a VM that was moved to another host brought it along
+		at := *i
+		at.Host = m.Key.Value
+		sys, err := s.datastoreSystem(ctx, &at)
+		if err == nil {
+			_, err = methods.RemoveDatastore(ctx, s.c, &types.RemoveDatastore{This: sys, Datastore: ds.Self})
+		}
+		switch {
+		case err == nil || fault.Is(err, &types.ManagedObjectNotFound{}) || fault.Is(err, &types.NotFound{}):
+		case fault.Is(err, &types.ResourceInUse{}):
+			return fmt.Errorf("vsphere: %s: %w: %w", i.Datastore, ErrStillUsed, err)
+		default:
+			return fmt.Errorf("vsphere: remove the datastore %s: %w", i.Datastore, missing(err))
+		}
+	}
+	s.logf("%s: removed", i.Datastore)
+	return nil
+}
+
+// Relocate moves all files of the VM to another datastore, while it runs.
+func (s *Source) Relocate(ctx context.Context, i *Instant, datastore string, progress func(percent int32)) error {
+	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder, []string{"Datastore"}, true)
+	if err != nil {
+		return fmt.Errorf("vsphere: %w", missing(err))
+	}
+	defer v.Destroy(context.WithoutCancel(ctx))
+	r := &restoring{src: s, what: &Restore{Datastore: datastore}}
+	to, err := r.findDatastore(ctx, v, nil)
+	if err != nil {
+		return fmt.Errorf("vsphere: %w", err)
+	}
+	res, err := methods.RelocateVM_Task(ctx, s.c, &types.RelocateVM_Task{This: i.vmRef(), Spec: types.VirtualMachineRelocateSpec{Datastore: &to}})
+	if err == nil {
+		err = s.follow(ctx, res.Returnval, progress)
+	}
+	if err != nil {
+		return fmt.Errorf("vsphere: move %s to %s: %w", i.Name, datastore, missing(err))
+	}
+	return nil
+}
+
+// follow is wait with progress. A task whose watching is given up is cancelled.
+func (s *Source) follow(ctx context.Context, ref types.ManagedObjectReference, progress func(percent int32)) error {
+	done := make(chan struct{})
+	defer close(done)
+	if progress != nil {
+		go func() {
+			for s.cfg.Sleep(ctx, lastLook) == nil {
+				var t mo.Task
+				if s.c.retrieve(ctx, ref, []string{"info.progress"}, &t) != nil {
+					return
+				}
+				select {
+				case <-done:
+					return
+				default:
+					progress(t.Info.Progress)
+				}
+			}
+		}()
+	}
+	_, err := s.wait(ctx, ref)
+	if ctx.Err() != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), verifyTime)
+		defer cancel()
+		_, _ = methods.CancelTask(ctx, s.c, &types.CancelTask{This: ref})
+		_, werr := s.wait(ctx, ref)
+		if werr == nil {
+			return nil // it was over
+		}
+	}
+	return err
+}
