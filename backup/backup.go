@@ -109,6 +109,13 @@ type Via interface {
 	Via() string
 }
 
+// Whole is a Disk that may be asked for its allocated ranges without trust in change tracking, which may have its part in what Extents
+// says of them.
+type Whole interface {
+	// Whole is Extents without since, by what the disk itself shows.
+	Whole(ctx context.Context) iter.Seq2[extent.Extent, error]
+}
+
 // InOrder is a Disk that may only be readable once, from its beginning to its end, as Extents yields.
 type InOrder interface {
 	// InOrder reports whether it is.

@@ -36,7 +36,7 @@ func (r *run) compare(ctx context.Context, d Disk, p plan) (plan, error) {
 		}
 		t.ranges = append(t.ranges, e)
 	}
-	p.told, p.since, p.data, p.why = t, "", 0, "full: its change tracking was compared with the disk"
+	p.told, p.since, p.doubt, p.data, p.why = t, "", true, 0, "full: its change tracking was compared with the disk"
 	return p, nil
 }
 

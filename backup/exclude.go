@@ -124,7 +124,11 @@ func (r *run) ranges(ctx context.Context, d Disk, name string, p plan, l *leftOu
 		return p.from.Changed(ctx)
 	}
 	unit := int64(r.draft.ChunkSize())
-	list := extent.CoarsenUpTo(d.Extents(ctx, p.since), unit, max(1, jobBytes/unit)*unit, d.Size())
+	said := d.Extents(ctx, p.since)
+	if w, ok := d.(Whole); ok && p.since == "" && p.doubt {
+		said = w.Whole(ctx)
+	}
+	list := extent.CoarsenUpTo(said, unit, max(1, jobBytes/unit)*unit, d.Size())
 	// What was left out the last time and is not any more did not need to change for that: a file system may give blocks to a
 	// file after they were written.
 	if p.since != "" && p.leftOut != nil && !l.same(name, p.leftOut) {

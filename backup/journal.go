@@ -100,8 +100,9 @@ func (e *JournalEntry) release() {
 	}
 }
 
-// Left gives the entries that no process holds any more, and holds them. The caller ends each by Clear or Leave.
-func (j *Journal) Left(ctx context.Context) ([]*JournalEntry, error) {
+// Left gives the entries that match wants and no process holds any more, and holds them. The caller ends each by Clear or Leave. Others are never
+// held, not for a moment: whoever they are of would take them for those of a run under way.
+func (j *Journal) Left(ctx context.Context, match func(Leftover) bool) ([]*JournalEntry, error) {
 	list, err := os.ReadDir(j.dir)
 	if err != nil {
 		return nil, fmt.Errorf("journal: %w", err)
@@ -111,7 +112,7 @@ func (j *Journal) Left(ctx context.Context) ([]*JournalEntry, error) {
 		if !strings.HasSuffix(d.Name(), entryEnding) {
 			continue
 		}
-		e, err := j.take(filepath.Join(j.dir, d.Name()))
+		e, err := j.take(filepath.Join(j.dir, d.Name()), match)
 		if err == nil {
 			err = ctx.Err()
 		}
@@ -128,8 +129,8 @@ func (j *Journal) Left(ctx context.Context) ([]*JournalEntry, error) {
 	return left, nil
 }
 
-// take opens an entry that nobody holds; nil when somebody does, or when it is gone.
-func (j *Journal) take(name string) (*JournalEntry, error) {
+// take opens an entry that matches and nobody holds; nil when somebody does, or when it is gone.
+func (j *Journal) take(name string, match func(Leftover) bool) (*JournalEntry, error) {
 	f, err := os.OpenFile(name, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -138,6 +139,14 @@ func (j *Journal) take(name string) (*JournalEntry, error) {
 		return nil, err
 	}
 	e := &JournalEntry{file: f}
+	if err := json.NewDecoder(f).Decode(&e.Leftover); err != nil { // it was written before it had its name
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	if !match(e.Leftover) {
+		f.Close()
+		return nil, nil
+	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
@@ -149,10 +158,6 @@ func (j *Journal) take(name string) (*JournalEntry, error) {
 	if _, err := os.Stat(name); errors.Is(err, fs.ErrNotExist) {
 		f.Close()
 		return nil, nil
-	}
-	if err := json.NewDecoder(f).Decode(&e.Leftover); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return e, nil
 }

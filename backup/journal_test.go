@@ -13,7 +13,7 @@ import (
 
 func leftNames(t *testing.T, j *backup.Journal) []string {
 	t.Helper()
-	left, err := j.Left(t.Context())
+	left, err := j.Left(t.Context(), func(backup.Leftover) bool { return true })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +54,7 @@ func TestJournal(t *testing.T) {
 	if names := leftNames(t, j); !slices.Equal(names, []string{"b"}) {
 		t.Fatalf("left is %q, want b alone", names)
 	}
-	left, err := j.Left(t.Context())
+	left, err := j.Left(t.Context(), func(backup.Leftover) bool { return true })
 	if err != nil || len(left) != 1 {
 		t.Fatalf("%d entries are left, %v", len(left), err)
 	}

@@ -163,6 +163,7 @@ type plan struct {
 	via      string                  // how the parent's disk was read
 	compared time.Time               // when the source's tracking was last proven right; zero where that is not known
 	since    string                  // change id; empty reads everything
+	doubt    bool                    // what the source tracks is not trusted, nor what it says is allocated
 	from     Derived                 // knows the changes itself; since says only that they are known
 	data     int64                   // with since: bytes of the parent's disk that are no holes
 	why      string                  // recorded in the point
@@ -182,14 +183,14 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 		}
 	}
 	if old == nil {
-		return plan{why: "full: first backup of this disk"}, nil
+		return plan{why: "full: first backup of this disk", doubt: r.opt.Full}, nil
 	}
 	base, err := r.draft.Base(ctx, old.Name)
 	if err != nil {
 		return plan{}, err
 	}
 	if base == nil {
-		return plan{why: "full: chunks of the last point are lost"}, nil
+		return plan{why: "full: chunks of the last point are lost", doubt: true}, nil
 	}
 	p := plan{base: base, leftOut: old.LeftOut, via: old.Via}
 	if dd, ok := d.(Derived); ok && old.Size == d.Size() && !r.opt.Full {
@@ -215,6 +216,7 @@ func (r *run) plan(ctx context.Context, d Disk, name string) (plan, error) {
 		p.since, p.why, p.data = old.ChangeID, "changes", old.Stats.Data
 		p.compared = old.Compared
 	}
+	p.doubt = r.opt.Full || p.since == "" && old.Key == d.Key()
 	return p, nil
 }
 
@@ -248,7 +250,7 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 	if errors.Is(err, ErrChangesLost) && p.since != "" {
 		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: %v; the whole disk was read", name, err))
 		rec.Compared = began.UTC().Truncate(time.Second)
-		p.since, p.data, p.why = "", 0, "full: change tracking was lost"
+		p.since, p.doubt, p.data, p.why = "", true, 0, "full: change tracking was lost"
 		root, stats, err = r.read(ctx, d, name, p, left)
 	}
 	if errors.Is(err, store.ErrDamaged) && p.base != nil {

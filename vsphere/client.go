@@ -14,6 +14,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vmware/govmomi/fault"
@@ -40,10 +41,11 @@ type client struct {
 	cfg Config
 	// files has a place for each file that is read over HTTPS at once.
 	files chan struct{}
+	// sha1 of the server's certificate. A login may need a new connection, for which it is set: so it is not under mu.
+	sha1 atomic.Pointer[[]byte]
 
 	mu    sync.Mutex // guards following
 	login time.Time  // the last one
-	sha1  []byte     // of the server's certificate
 	stop  func()     // of the keep-alive
 }
 
@@ -143,17 +145,17 @@ func (c *client) meet(chain []*x509.Certificate, want []byte) error {
 		}
 	}
 	sum := sha1.Sum(chain[0].Raw)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.sha1 = sum[:]
+	digest := sum[:]
+	c.sha1.Store(&digest)
 	return nil
 }
 
 // thumbprint is the SHA-1 of the server's certificate, the form that VDDK takes.
 func (c *client) thumbprint() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return colons(c.sha1)
+	if digest := c.sha1.Load(); digest != nil {
+		return colons(*digest)
+	}
+	return ""
 }
 
 // parseThumbprint reads a SHA-1 or SHA-256 in hexadecimal, with or without colons.

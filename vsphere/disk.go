@@ -42,6 +42,7 @@ var (
 	_ backup.Untracked = (*disk)(nil)
 	_ backup.Via       = (*disk)(nil)
 	_ backup.InOrder   = (*disk)(nil)
+	_ backup.Whole     = (*disk)(nil)
 )
 
 // ReadAt implements backup.Disk.
@@ -105,6 +106,11 @@ func (d *disk) changed(ctx context.Context, since string) ([]extent.Extent, erro
 func trackingOf(id string) string {
 	uuid, _, _ := strings.Cut(id, "/")
 	return uuid
+}
+
+// Whole implements backup.Whole: the files are read, whatever the host tracks.
+func (d *disk) Whole(context.Context) iter.Seq2[extent.Extent, error] {
+	return d.reader.Allocated(1 << 16)
 }
 
 // allocated yields what the host says is allocated, where it tracks that, and else what the files say.

@@ -22,7 +22,7 @@ type machine struct {
 }
 
 // frozen are the properties that a backup takes.
-var frozen = []string{"name", "parent", "parentVApp", "resourcePool", "config", "runtime", "snapshot", "datastore", "network", "layoutEx", "customValue", "capability"}
+var frozen = []string{"name", "parent", "parentVApp", "resourcePool", "config", "runtime", "snapshot", "datastore", "network", "layoutEx", "customValue", "capability", "guest.toolsRunningStatus"}
 
 // Freeze makes a snapshot of a VM. A template has none: it is read as it lies there.
 func (s *Source) Freeze(ctx context.Context, name string) (backup.Snapshot, error) {
@@ -43,8 +43,24 @@ func (s *Source) Freeze(ctx context.Context, name string) (backup.Snapshot, erro
 	return s.freeze(ctx, m)
 }
 
+// read reads a VM anew. A listing may be hours old.
 func (s *Source) read(ctx context.Context, m *machine) error {
-	return s.c.retrieve(ctx, m.ref, frozen, &m.mo)
+	m.mo = mo.VirtualMachine{}
+	if err := s.c.retrieve(ctx, m.ref, frozen, &m.mo); err != nil {
+		return err
+	}
+	m.On = m.mo.Runtime.PowerState == types.VirtualMachinePowerStatePoweredOn
+	if c := m.mo.Config; c != nil {
+		m.Template = c.Template
+		m.Tracked = c.ChangeTrackingEnabled != nil && *c.ChangeTrackingEnabled
+	}
+	return nil
+}
+
+// toolsRun reports whether somebody in the guest can prepare it for a snapshot. Without, the server ignores that it was asked for:
+// vSphere API, CreateSnapshot_Task.
+func (m *machine) toolsRun() bool {
+	return m.mo.Guest != nil && m.mo.Guest.ToolsRunningStatus == string(types.VirtualMachineToolsRunningStatusGuestToolsRunning)
 }
 
 // failed says what was tried on which VM.
@@ -71,6 +87,9 @@ func (s *Source) freeze(ctx context.Context, m *machine) (_ *snapshot, err error
 	}
 	if snap.release, err = s.limits.take(ctx, m.host(), m.datastores()); err != nil {
 		return nil, err
+	}
+	if err := s.read(ctx, m); err != nil { // that may have taken long
+		return nil, m.failed("read its configuration", err)
 	}
 	if err := s.take(ctx, m, snap); err != nil {
 		return nil, err
@@ -130,11 +149,18 @@ const (
 // take makes the snapshot, by the policy.
 func (s *Source) take(ctx context.Context, m *machine, snap *snapshot) error {
 	quiesce := m.On && s.cfg.Quiesce != QuiesceOff
+	if quiesce && s.cfg.Quiesce == QuiesceRequire && !m.toolsRun() {
+		return m.failed("make a snapshot that the guest prepares for", ErrNoTools)
+	}
 	for n := 1; ; n++ {
 		err := s.create(ctx, m, snap, quiesce)
 		switch {
 		case err == nil:
-			if m.On {
+			if quiesce && !m.toolsRun() {
+				snap.warn(fmt.Sprintf("the guest did not prepare for the snapshot (%v): the point is crash-consistent", ErrNoTools))
+				quiesce = false
+			}
+			if m.mo.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOff { // a suspended one has not written what its memory holds
 				snap.consistency = map[bool]string{true: "application", false: "crash"}[quiesce]
 			}
 			return nil
@@ -153,6 +179,9 @@ func (s *Source) take(ctx context.Context, m *machine, snap *snapshot) error {
 		}
 	}
 }
+
+// ErrNoTools: nobody in the guest can prepare it for a snapshot.
+var ErrNoTools = errors.New("VMware Tools do not run in the guest")
 
 // unquiet reports whether err is about what the guest did before the snapshot.
 func unquiet(err error) bool {

@@ -38,16 +38,13 @@ const maxChain = 28
 
 // tidy removes what earlier runs left on a VM, and refuses one that must not get another snapshot.
 func (s *Source) tidy(ctx context.Context, m *machine) error {
-	left, err := s.cfg.Journal.Left(ctx)
+	left, err := s.cfg.Journal.Left(ctx, func(l backup.Leftover) bool { return l.Host == s.c.URL().Host && l.VM == m.ID })
 	if err != nil {
 		return err
 	}
+	defer leaveAll(left)
 	removed := false
 	for _, e := range left {
-		if e.Host != s.c.URL().Host || e.VM != m.ID {
-			e.Leave()
-			continue
-		}
 		if err := s.removeLeft(ctx, e); err != nil {
 			return m.failed("remove a snapshot that an earlier run left", err)
 		}
@@ -75,24 +72,36 @@ func (s *Source) tidy(ctx context.Context, m *machine) error {
 
 // CleanUp removes the snapshots that earlier runs left, and says which. Those of a run that is under way are left alone.
 func (s *Source) CleanUp(ctx context.Context) (removed []backup.Leftover, err error) {
-	left, err := s.cfg.Journal.Left(ctx)
-	if err != nil {
-		return nil, err
-	}
 	var errs []error
-	for _, e := range left {
-		if e.Host != s.c.URL().Host {
-			e.Leave()
-			continue
+	seen := map[string]bool{} // names
+	for {
+		// One at a time: a backup of a VM whose entry is held by somebody takes it for one under way.
+		more := false
+		left, err := s.cfg.Journal.Left(ctx, func(l backup.Leftover) bool {
+			if more || l.Host != s.c.URL().Host || seen[l.Name] {
+				return false
+			}
+			more, seen[l.Name] = true, true
+			return true
+		})
+		if err != nil || !more {
+			return removed, errors.Join(append(errs, err)...)
 		}
-		what := e.Leftover
-		if err := s.removeLeft(ctx, e); err != nil {
-			errs = append(errs, fmt.Errorf("vsphere: %s: remove snapshot %s: %w", what.VM, what.Name, missing(err)))
-			continue
+		for _, e := range left {
+			what := e.Leftover
+			if err := s.removeLeft(ctx, e); err != nil {
+				errs = append(errs, fmt.Errorf("vsphere: %s: remove snapshot %s: %w", what.VM, what.Name, missing(err)))
+				continue
+			}
+			removed = append(removed, what)
 		}
-		removed = append(removed, what)
 	}
-	return removed, errors.Join(errs...)
+}
+
+func leaveAll(list []*backup.JournalEntry) {
+	for _, e := range list {
+		e.Leave()
+	}
 }
 
 // removeLeft removes what an entry of the journal names.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -232,7 +233,19 @@ func TestLiar(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.wantRead(p, "changes")
-	r.server.Misbehave(func(f *vspheretest.Faults) { f.HideChange = false })
+	// It still lies, also of what is allocated: who doubts it does not ask it.
+	r.server.Misbehave(func(f *vspheretest.Faults) { f.HideAllocated = true })
+	full := opt
+	full.Full = true
+	if p, err = r.backup(src, "web", full); err != nil {
+		t.Fatal(err)
+	}
+	r.wantDisks(p, r.truth(vm))
+	r.write(vm, 4)
+	if _, err := r.backup(src, "web", opt); err != nil {
+		t.Fatal(err)
+	}
+	r.write(vm, 1)
 	now = now.Add(8 * 24 * time.Hour)
 	if p, err = r.backup(src, "web", opt); err != nil {
 		t.Fatal(err)
@@ -240,6 +253,83 @@ func TestLiar(t *testing.T) {
 	r.wantRead(p, "full: its change tracking was compared with the disk")
 	r.wantWarning(p, "change tracking was wrong")
 	r.wantDisks(p, r.truth(vm))
+}
+
+// TestNoTools: a server that is asked to quiesce a guest without VMware Tools makes a snapshot all the same.
+func TestNoTools(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	spec := oneDisk("web")
+	spec.NoTools = true
+	vm := r.add(spec)
+	p := r.mustBackup(r.source(), "web")
+	if r.wantWarning(p, "VMware Tools do not run"); p.Consistency != "crash" {
+		t.Errorf("the point is %s-consistent", p.Consistency)
+	}
+	r.cfg.Quiesce = vsphere.QuiesceRequire
+	if _, err := r.backup(r.source(), "web", backup.Options{}); !errors.Is(err, vsphere.ErrNoTools) {
+		t.Errorf("the guest must be quiesced: %v", err)
+	}
+	r.nothingLeft(vm)
+}
+
+// TestListedLongAgo: what a VM is like is asked for when it is backed up, not when it was listed.
+func TestListedLongAgo(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	spec := oneDisk("web")
+	spec.PoweredOff = true
+	vm := r.add(spec)
+	src := r.source()
+	if _, err := src.List(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	vm.PowerOn()
+	if p := r.mustBackup(src, "web"); p.Consistency != "application" {
+		t.Errorf("the VM was switched on: its point is %s-consistent", p.Consistency)
+	}
+	vm.PowerOff()
+	if p := r.mustBackup(src, "web"); p.Consistency != "offline" {
+		t.Errorf("the VM was switched off: its point is %s-consistent", p.Consistency)
+	}
+	r.nothingLeft(vm)
+}
+
+// TestLeftoversOfMany: VMs that are backed up at once have their leftovers removed, each its own.
+func TestLeftoversOfMany(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	const n = 6
+	var vms []*vspheretest.VM
+	for i := range n {
+		vms = append(vms, r.add(oneDisk(fmt.Sprint("vm", i))))
+	}
+	src := r.source()
+	for i, vm := range vms {
+		name := fmt.Sprintf("holdfast-00000000000000%02d", i)
+		vm.AddUserSnapshot(name)
+		e, err := r.journal.Begin(backup.Leftover{Source: "lab", Host: r.server.Host(), VM: vm.Ref().Value, Name: name, Began: time.Now()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.Leave()
+	}
+	if _, err := src.List(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var work sync.WaitGroup
+	for i := range n {
+		work.Go(func() {
+			snap, err := src.Freeze(t.Context(), fmt.Sprint("vm", i))
+			if err == nil {
+				err = snap.Close()
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	work.Wait()
+	for _, vm := range vms {
+		r.nothingLeft(vm)
+	}
 }
 
 // TestQuiesceRequired: where the guest must prepare and cannot, there is no point, and no snapshot is left.
@@ -430,7 +520,7 @@ func TestLeftovers(t *testing.T) {
 			if strings.Join(left, " ") != "mine holdfast-fedcba9876543210" {
 				t.Errorf("left are %q", left)
 			}
-			list, err := r.journal.Left(t.Context())
+			list, err := r.journal.Left(t.Context(), func(backup.Leftover) bool { return true })
 			if err != nil || len(list) > 0 {
 				t.Errorf("%d entries are left in the journal, %v", len(list), err)
 			}

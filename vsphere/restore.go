@@ -206,7 +206,8 @@ func (r *restoring) send(ctx context.Context, e *export, number int) (err error)
 		to.CloseWithError(err)
 		made <- err
 	}()
-	err = upload(ctx, client, http.MethodPut, u, "application/x-vnd.vmware-streamVmdk", body)
+	// POST, for it is created by the import (OvfFileItem.create is false): vSphere API, HttpNfcLeaseDeviceUrl.
+	err = upload(ctx, client, http.MethodPost, u, "application/x-vnd.vmware-streamVmdk", body)
 	body.CloseWithError(errors.New("the host wants no more"))
 	if werr := <-made; err == nil || werr != nil && !errors.Is(werr, io.ErrClosedPipe) && !strings.Contains(werr.Error(), "wants no more") {
 		return werr // what could not be read is the cause of what could not be sent
@@ -221,7 +222,6 @@ func upload(ctx context.Context, client *http.Client, method string, u *url.URL,
 		return err
 	}
 	req.Header.Set("Content-Type", kind)
-	req.Header.Set("Overwrite", "t")
 	res, err := client.Do(req)
 	if err != nil {
 		return err

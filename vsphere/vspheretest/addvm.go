@@ -75,6 +75,11 @@ func (vm *VM) finish(ctx *simulator.Context, spec VMSpec) error {
 		vm.stun()
 		vm.mu.Unlock()
 	}
+	if !spec.NoTools {
+		ctx.WithLock(sim, func() {
+			sim.Guest.ToolsRunningStatus = string(types.VirtualMachineToolsRunningStatusGuestToolsRunning)
+		})
+	}
 	var fault types.BaseMethodFault
 	switch {
 	case spec.Template:

@@ -41,6 +41,7 @@ type Faults struct {
 	WholeDisk          bool // "*" answers the whole disk, as on NFS
 	NoAllocated        bool // "*" is a FileFault
 	HideChange         bool // the last changed block is left out
+	HideAllocated      bool // and in the answer to "*" too
 	MoveResetsTracking bool // a move to another datastore begins the tracking anew
 
 	// Sessions and files.
@@ -95,16 +96,16 @@ func (s *Server) lies(how func(f *Faults) bool) bool {
 }
 
 type areasLies struct {
-	fault                                           types.BaseMethodFault
-	perPage                                         int
-	emptyPages, wrongStart, noProgress, whole, hide bool
+	fault                                                    types.BaseMethodFault
+	perPage                                                  int
+	emptyPages, wrongStart, noProgress, whole, hide, hideAll bool
 }
 
 func (s *Server) areasFaults(changeID string) areasLies {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f := &s.faults
-	l := areasLies{perPage: s.opt.AreasPerPage, emptyPages: f.EmptyPages, wrongStart: f.WrongStart, noProgress: f.NoProgress, whole: f.WholeDisk, hide: f.HideChange}
+	l := areasLies{perPage: s.opt.AreasPerPage, emptyPages: f.EmptyPages, wrongStart: f.WrongStart, noProgress: f.NoProgress, whole: f.WholeDisk, hide: f.HideChange, hideAll: f.HideAllocated}
 	if f.AreasPerPage > 0 {
 		l.perPage = f.AreasPerPage
 	}

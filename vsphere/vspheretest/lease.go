@@ -211,7 +211,11 @@ func (s *Server) serveLease(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	f := l.files[name]
-	up := r.Method != http.MethodGet
+	up := r.Method == http.MethodPost // PUT is for what the import does not create: OvfFileItem.create
+	if !up && r.Method != http.MethodGet {
+		http.Error(w, "", http.StatusMethodNotAllowed)
+		return
+	}
 	if onLease != nil {
 		onLease(l.vm, name, up)
 	}

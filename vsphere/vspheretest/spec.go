@@ -17,6 +17,7 @@ type VMSpec struct {
 	Networks       []string // names, one card each
 	Template       bool
 	PoweredOff     bool
+	NoTools        bool   // VMware Tools do not run in the guest
 	ChangeTracking bool   // it is switched on already, and works
 	Firmware       string // "bios" (the default) or "efi"
 	SecureBoot     bool

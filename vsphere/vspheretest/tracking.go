@@ -140,7 +140,7 @@ func (vm *VM) changedAreas(req *types.QueryChangedDiskAreas) (info types.DiskCha
 	if lies.whole && req.ChangeId == "*" {
 		areas = []extent.Extent{{Len: f.size}}
 	}
-	if lies.hide && req.ChangeId != "*" && len(areas) > 0 {
+	if (lies.hide && req.ChangeId != "*" || lies.hideAll) && len(areas) > 0 {
 		last := &areas[len(areas)-1]
 		last.Len -= min(last.Len, unit)
 		areas = extent.Normalise(areas)
