@@ -48,12 +48,25 @@ var privileges = map[string][]string{
 // trackingPrivilege is needed to switch changed block tracking on.
 const trackingPrivilege = "VirtualMachine.Config.ChangeTracking"
 
-// restorePrivileges are needed to make a VM of a point, and not for backups.
-var restorePrivileges = map[string][]string{
-	"Datastore":    {"Datastore.AllocateSpace"},
-	"Folder":       {"VirtualMachine.Inventory.Create"},
-	"Network":      {"Network.Assign"},
-	"ResourcePool": {"VApp.Import", "Resource.AssignVMToPool"},
+// abilities are what an account may be good for besides backups, and what that takes: vSphere Web Services API, "Required privileges" of ImportVApp,
+// CreateVM_Task, Destroy_Task, ExportVm and PowerOnVM_Task, and of VDDK for writing.
+var abilities = []struct {
+	name  string
+	needs map[string][]string
+}{
+	{"a restore", map[string][]string{
+		"Datastore": {"Datastore.AllocateSpace"},
+		"Folder": {"VApp.Import", "VirtualMachine.Inventory.Create", "VirtualMachine.Inventory.Delete", "VirtualMachine.Config.AddNewDisk", "VirtualMachine.Config.AddRemoveDevice",
+			"VirtualMachine.Config.AdvancedConfig", "VirtualMachine.Interact.PowerOn"},
+		"Network":      {"Network.Assign"},
+		"ResourcePool": {"VApp.Import", "Resource.AssignVMToPool"},
+	}},
+	{"a restore in place", map[string][]string{
+		"VirtualMachine": {"VirtualMachine.Provisioning.DiskRandomAccess", trackingPrivilege},
+	}},
+	{"exports (transport: lease)", map[string][]string{
+		"VirtualMachine": {"VApp.Export"},
+	}},
 }
 
 // Check looks at a server without changing anything on it.
@@ -142,7 +155,12 @@ func (c *checker) privileges(ctx context.Context) error {
 	if err := c.compare(ctx, "privileges", Failed, of, wanted); err != nil {
 		return err
 	}
-	return c.compare(ctx, "privileges for a restore", Warning, of, restorePrivileges)
+	for _, a := range abilities {
+		if err := c.compare(ctx, "privileges for "+a.name, Warning, of, a.needs); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // compare says which of the wanted privileges are missing, and on what.
@@ -161,7 +179,8 @@ func (c *checker) compare(ctx context.Context, about string, level Level, of map
 		all = append(all, wanted[kind]...)
 	}
 	if !missing {
-		c.add(OK, about, "%s", strings.Join(all, ", "))
+		slices.Sort(all)
+		c.add(OK, about, "%s", strings.Join(slices.Compact(all), ", "))
 	}
 	return nil
 }

@@ -72,23 +72,13 @@ type inventory struct {
 func (s *snapshot) inventory(ctx context.Context) (*inventory, error) {
 	m := &s.vm.mo
 	out := &inventory{Path: s.vm.Path, ID: s.vm.ID, Pool: s.vm.Pool, PoweredOn: s.vm.On, Template: s.vm.Template}
-	var err error
-	if out.Datastores, err = s.src.names(ctx, m.Datastore); err != nil {
-		return nil, err
-	}
-	if out.Networks, err = s.src.names(ctx, m.Network); err != nil {
-		return nil, err
-	}
+	out.Datastores, out.Networks = s.names(ctx, m.Datastore), s.names(ctx, m.Network)
 	if m.Runtime.Host != nil {
-		hosts, err := s.src.names(ctx, []types.ManagedObjectReference{*m.Runtime.Host})
-		if err != nil {
-			return nil, err
-		}
-		out.Host = hosts[m.Runtime.Host.Value]
+		out.Host = s.names(ctx, []types.ManagedObjectReference{*m.Runtime.Host})[m.Runtime.Host.Value]
 	}
 	fields, err := s.src.attributeNames(ctx)
 	if err != nil {
-		return nil, err
+		s.warn(fmt.Sprintf("the names of custom attributes are not in this point: %v", missing(err)))
 	}
 	for _, v := range m.CustomValue {
 		if text, ok := v.(*types.CustomFieldStringValue); ok {
@@ -106,17 +96,18 @@ func (s *snapshot) inventory(ctx context.Context) (*inventory, error) {
 	return out, nil
 }
 
-// names gives the names of objects, by their ids.
-func (s *Source) names(ctx context.Context, refs []types.ManagedObjectReference) (map[string]string, error) {
+// names gives the names of objects, by their ids. One that cannot be read is left out, and said: the disks of the VM have been read.
+func (s *snapshot) names(ctx context.Context, refs []types.ManagedObjectReference) map[string]string {
 	out := map[string]string{}
 	for _, ref := range refs {
-		name, err := s.nameOf(ctx, ref)
+		name, err := s.src.nameOf(ctx, ref)
 		if err != nil {
-			return nil, err
+			s.warn(fmt.Sprintf("the name of %s is not in this point: %v", ref.Value, missing(err)))
+			continue
 		}
 		out[ref.Value] = unescape(name)
 	}
-	return out, nil
+	return out
 }
 
 // nameOf gives the name of an object. In networks govmomi has it in a field of their own.
@@ -170,7 +161,8 @@ func (s *snapshot) rawFiles(ctx context.Context) ([]backup.ConfigFile, error) {
 	}
 	dc, err := s.src.datacenter(ctx, s.vm.ref)
 	if err != nil {
-		return nil, s.vm.failed("find its datacenter", err)
+		s.warn(fmt.Sprintf("the .vmx and the NVRAM are not in this point, since its datacenter cannot be seen: %v", missing(err)))
+		return nil, ctx.Err()
 	}
 	wanted := []place{at}
 	for _, o := range s.vm.mo.Config.ExtraConfig {

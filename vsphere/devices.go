@@ -15,6 +15,7 @@ type device struct {
 	file     string // "[datastore] folder/name.vmdk", of the newest link of its chain
 	uuid     string // of the backing
 	changeID string
+	mapping  bool   // a raw device, whose data are not in files
 	skip     string // why a snapshot does not hold it, or why it cannot be read; empty for one that is backed up
 
 	controller, bus, unit int32
@@ -84,7 +85,7 @@ func (d *device) readBacking() (mode, sharing string, encrypted bool) {
 		d.file, d.uuid, d.changeID = b.FileName, b.Uuid, b.ChangeId
 		return b.DiskMode, "", b.KeyId != nil
 	case *types.VirtualDiskRawDiskMappingVer1BackingInfo:
-		d.file, d.uuid, d.changeID = b.FileName, b.Uuid, b.ChangeId
+		d.file, d.uuid, d.changeID, d.mapping = b.FileName, b.Uuid, b.ChangeId, true
 		if b.CompatibilityMode == string(types.VirtualDiskCompatibilityModePhysicalMode) {
 			d.skip = "is a raw device in physical mode: snapshots leave it out"
 		}

@@ -81,8 +81,8 @@ func (s *Source) RestoreInPlace(ctx context.Context, what InPlace) (done InPlace
 		defer func() {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), trackingTime)
 			defer cancel()
-			if err := s.setTracking(ctx, m, true); err != nil {
-				done.Warnings = append(done.Warnings, fmt.Sprintf("changed block tracking could not be switched on again: %v", missing(err)))
+			if err := s.trackAnew(ctx, m, all); err != nil {
+				done.Warnings = append(done.Warnings, fmt.Sprintf("changed block tracking is switched off now: %v", missing(err)))
 			}
 		}()
 	}
@@ -94,6 +94,24 @@ func (s *Source) RestoreInPlace(ctx context.Context, what InPlace) (done InPlace
 		done.Disks = append(done.Disks, all[i].Written)
 	}
 	return done, nil
+}
+
+// trackAnew switches tracking on again, where it is certain that it begins anew: what was written must not be missing in what it tells.
+func (s *Source) trackAnew(ctx context.Context, m *machine, all []rewriting) error {
+	if err := s.setTracking(ctx, m, true); err != nil {
+		return err
+	}
+	if err := s.read(ctx, m); err != nil {
+		return err
+	}
+	for _, now := range disksOf(m.mo.Config.Hardware.Device) {
+		for i := range all {
+			if was := all[i].dev; was.key == now.key && was.changeID != "" && trackingOf(was.changeID) == trackingOf(now.changeID) {
+				return errors.Join(fmt.Errorf("the host would go on with the old tracking of %s, which has not seen what was written", now.label), s.setTracking(ctx, m, false))
+			}
+		}
+	}
+	return nil
 }
 
 // trackingTime is how long switching tracking on again may take when the restore was cancelled.

@@ -78,6 +78,26 @@ func TestRestoreInPlace(t *testing.T) {
 	}
 }
 
+// TestRestoreInPlaceOldTracking: a host that would go on with tracking that has not seen what was written is not trusted with it.
+func TestRestoreInPlaceOldTracking(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	r.cfg.VDDK.LibDir = t.TempDir()
+	r.cfg.VDDK.Nbdkit, _ = vspheretest.FakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	truth := r.truth(vm)
+	vm.WriteAt(0, []byte("changed"), 1000)
+	r.mustBackup(src, "web")
+	vm.PowerOff()
+	r.server.Misbehave(func(f *vspheretest.Faults) { f.KeepTracking = true })
+	done, err := src.RestoreInPlace(t.Context(), r.inPlaceOf(p))
+	if err != nil || len(done.Warnings) != 1 || !strings.Contains(done.Warnings[0], "old tracking") || vm.ChangeTracking() {
+		t.Errorf("done %+v, %v; tracking is on: %v", done, err, vm.ChangeTracking())
+	}
+	r.wantDisks(r.mustBackup(src, "web"), truth)
+}
+
 // TestRestoreInPlaceRefused: what is not the VM of the point any more is left alone.
 func TestRestoreInPlaceRefused(t *testing.T) {
 	r := newRig(t, vspheretest.Options{})

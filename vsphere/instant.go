@@ -58,7 +58,7 @@ func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (war
 		}
 	}
 	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder,
-		[]string{"Folder", "Datacenter", "ResourcePool", "HostSystem", "ComputeResource"}, true)
+		[]string{"Folder", "Datacenter", "ResourcePool"}, true)
 	if err != nil {
 		return nil, fmt.Errorf("vsphere: %w", missing(err))
 	}
@@ -74,82 +74,17 @@ func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (war
 	if err := r.findFolder(all, folder); err != nil {
 		return nil, fmt.Errorf("vsphere: %w", err)
 	}
-	host, owner, err := s.chooseHost(ctx, v, p.Host, was.Host)
+	in, err := r.inDatacenter(ctx, "HostSystem")
 	if err != nil {
-		return nil, fmt.Errorf("vsphere: %w", err)
+		return nil, fmt.Errorf("vsphere: %w", missing(err))
 	}
-	pool, err := s.poolOf(ctx, all, owner, p.Pool, was.Pool)
+	defer in.Destroy(context.WithoutCancel(ctx))
+	host, pool, err := r.findHost(ctx, in, all, p.Host, &was)
 	if err != nil {
 		return nil, fmt.Errorf("vsphere: %w", err)
 	}
 	i.Host, i.Folder, i.Pool = host.Value, r.to.folder.Value, pool.Value
 	return r.warnings, nil
-}
-
-// chooseHost gives a host that can run VMs, and its compute resource.
-func (s *Source) chooseHost(ctx context.Context, v *view.ContainerView, want, was string) (host, owner types.ManagedObjectReference, err error) {
-	var hosts []mo.HostSystem
-	if err := v.Retrieve(ctx, []string{"HostSystem"}, []string{"name", "parent", "runtime.connectionState", "runtime.inMaintenanceMode"}, &hosts); err != nil {
-		return host, owner, err
-	}
-	slices.SortFunc(hosts, func(a, b mo.HostSystem) int { return strings.Compare(a.Name, b.Name) })
-	var able []string
-	for _, h := range hosts {
-		if h.Parent == nil || h.Runtime.ConnectionState != types.HostSystemConnectionStateConnected || h.Runtime.InMaintenanceMode {
-			continue
-		}
-		name := unescape(h.Name)
-		if able = append(able, name); want == "" && (host.Value == "" || name == was) || name == want {
-			host, owner = h.Self, *h.Parent
-		}
-	}
-	if host.Value == "" {
-		return host, owner, fmt.Errorf("host %q: %w, or cannot run VMs now; there are %q", want, ErrNoTarget, able)
-	}
-	return host, owner, nil
-}
-
-// poolOf gives a resource pool of a compute resource: the one of the name, or its root.
-func (s *Source) poolOf(ctx context.Context, all places, owner types.ManagedObjectReference, want, was string) (types.ManagedObjectReference, error) {
-	var c mo.ComputeResource
-	if err := s.c.retrieve(ctx, owner, []string{"resourcePool"}, &c); err != nil {
-		return types.ManagedObjectReference{}, err
-	}
-	if c.ResourcePool == nil {
-		return types.ManagedObjectReference{}, fmt.Errorf("%s has no resource pool", owner.Value)
-	}
-	root := *c.ResourcePool
-	found := root
-	var names []string
-	for ref, e := range all {
-		if ref.Type != "ResourcePool" || !below(all, ref, root) {
-			continue
-		}
-		name := unescape(e.Name)
-		names = append(names, name)
-		if name == want || want == "" && name == was {
-			found = ref
-		}
-	}
-	if slices.Sort(names); want != "" && !slices.Contains(names, want) {
-		return root, fmt.Errorf("resource pool %q: %w for that host; there are %q", want, ErrNoTarget, names)
-	}
-	return found, nil
-}
-
-// below reports whether an object is another one or below it.
-func below(all places, ref, root types.ManagedObjectReference) bool {
-	for range maxDepth {
-		if ref == root {
-			return true
-		}
-		e, ok := all[ref]
-		if !ok || e.Parent == nil {
-			return false
-		}
-		ref = *e.Parent
-	}
-	return false
 }
 
 // Look says what of it is there.
@@ -230,7 +165,8 @@ func (i *Instant) vmRef() types.ManagedObjectReference {
 
 // Mount makes the export a datastore of the host, unless it is.
 func (s *Source) Mount(ctx context.Context, i *Instant) error {
-	if ds, err := s.datastoreOf(ctx, i); err != nil || ds != nil {
+	ds, err := s.datastoreOf(ctx, i)
+	if err != nil || ds != nil && slices.ContainsFunc(ds.Host, func(m types.DatastoreHostMount) bool { return m.Key == i.hostRef() }) {
 		return err
 	}
 	sys, err := s.datastoreSystem(ctx, i)
@@ -277,14 +213,23 @@ func (s *Source) Register(ctx context.Context, i *Instant) error {
 func (s *Source) PowerOn(ctx context.Context, i *Instant) error {
 	res, err := methods.PowerOnVM_Task(ctx, s.c, &types.PowerOnVM_Task{This: i.vmRef()})
 	if err == nil {
-		asked, cancel := context.WithCancel(ctx)
-		answered := make(chan error, 1)
-		go func() { answered <- s.answer(asked, i) }()
-		_, err = s.wait(ctx, res.Returnval)
-		cancel()
-		if aerr := <-answered; err != nil && aerr != nil {
-			err = errors.Join(err, aerr)
+		waiting, cancel := context.WithCancelCause(ctx)
+		answered := make(chan struct{})
+		go func() {
+			defer close(answered)
+			if err := s.answer(waiting, i); err != nil {
+				cancel(err) // the task waits for an answer that it does not get
+			}
+		}()
+		_, err = s.wait(waiting, res.Returnval)
+		if cause := context.Cause(waiting); cause != nil && err != nil {
+			undo, done := context.WithTimeout(context.WithoutCancel(ctx), verifyTime)
+			_, _ = methods.CancelTask(undo, s.c, &types.CancelTask{This: res.Returnval})
+			done()
+			err = cause
 		}
+		cancel(nil)
+		<-answered
 	}
 	var was *types.InvalidPowerState
 	if _, ok := fault.As(err, &was); ok && was.ExistingState == types.VirtualMachinePowerStatePoweredOn {
@@ -301,12 +246,13 @@ const askedEvery = 200 * time.Millisecond
 
 // answer answers questions about the identity of the VM until ctx ends; another question is an error.
 func (s *Source) answer(ctx context.Context, i *Instant) error {
+	last := "" // question that was answered; it may be seen once more
 	for {
 		var vm mo.VirtualMachine
 		if err := s.c.retrieve(ctx, i.vmRef(), []string{"runtime.question"}, &vm); err != nil {
 			return nil // the task tells
 		}
-		if q := vm.Runtime.Question; q != nil {
+		if q := vm.Runtime.Question; q != nil && q.Id != last {
 			choice, want := "", map[bool]string{true: "moved", false: "copied"}[i.Keep]
 			for _, c := range q.Choice.ChoiceInfo {
 				if d := c.GetElementDescription(); strings.Contains(strings.ToLower(d.Label+d.Summary), want) {
@@ -319,6 +265,7 @@ func (s *Source) answer(ctx context.Context, i *Instant) error {
 			if _, err := methods.AnswerVM(ctx, s.c, &types.AnswerVM{This: i.vmRef(), QuestionId: q.Id, AnswerChoice: choice}); err != nil {
 				return err
 			}
+			last = q.Id
 			s.logf("%s: answered %q with %q", i.Name, q.Text, choice)
 		}
 		if s.cfg.Sleep(ctx, askedEvery) != nil {
@@ -333,6 +280,7 @@ func (s *Source) PowerOff(ctx context.Context, i *Instant, patience time.Duratio
 	if err != nil || !st.On {
 		return err
 	}
+	i.VM = st.VM // which a crash may have kept from being noted
 	if patience > 0 {
 		if _, err := methods.ShutdownGuest(ctx, s.c, &types.ShutdownGuest{This: i.vmRef()}); err == nil {
 			for end := time.Now().Add(patience); time.Now().Before(end); {
@@ -398,12 +346,19 @@ func (s *Source) Remove(ctx context.Context, i *Instant) error {
 
 // Relocate moves all files of the VM to another datastore, while it runs.
 func (s *Source) Relocate(ctx context.Context, i *Instant, datastore string, progress func(percent int32)) error {
+	var vm mo.VirtualMachine
+	if err := s.c.retrieve(ctx, i.vmRef(), []string{"runtime.host"}, &vm); err != nil {
+		return fmt.Errorf("vsphere: %w", missing(err))
+	}
 	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder, []string{"Datastore"}, true)
 	if err != nil {
 		return fmt.Errorf("vsphere: %w", missing(err))
 	}
 	defer v.Destroy(context.WithoutCancel(ctx))
 	r := &restoring{src: s, what: &Restore{Datastore: datastore}}
+	if vm.Runtime.Host != nil { // names are only unique in a datacenter
+		r.to.host = *vm.Runtime.Host
+	}
 	to, err := r.findDatastore(ctx, v, nil)
 	if err != nil {
 		return fmt.Errorf("vsphere: %w", err)
@@ -415,7 +370,23 @@ func (s *Source) Relocate(ctx context.Context, i *Instant, datastore string, pro
 	if err != nil {
 		return fmt.Errorf("vsphere: move %s to %s: %w", i.Name, datastore, missing(err))
 	}
-	return nil
+	return s.forgetBoot(ctx, i)
+}
+
+// forgetBoot takes what only a boot is answered by out of the configuration of a VM that stays.
+func (s *Source) forgetBoot(ctx context.Context, i *Instant) error {
+	spec := types.VirtualMachineConfigSpec{}
+	for _, key := range []string{"msg.autoAnswer", "uuid.action"} {
+		spec.ExtraConfig = append(spec.ExtraConfig, &types.OptionValue{Key: key, Value: ""})
+	}
+	res, err := methods.ReconfigVM_Task(ctx, s.c, &types.ReconfigVM_Task{This: i.vmRef(), Spec: spec})
+	if err == nil {
+		_, err = s.wait(ctx, res.Returnval)
+	}
+	if err != nil {
+		s.logf("%s: msg.autoAnswer and uuid.action stay in its configuration: %v", i.Name, missing(err))
+	}
+	return ctx.Err()
 }
 
 // follow is wait with progress. A task whose watching is given up is cancelled.

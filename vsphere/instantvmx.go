@@ -72,7 +72,7 @@ func (v *InstantVM) adopt(x *vmx) (warnings []string, err error) {
 			if !strings.Contains(name, ":") || slices.Contains(placed, name) {
 				continue
 			}
-			if !strings.Contains(strings.ToLower(x.get(name+".deviceType")), "cdrom") {
+			if kind := strings.ToLower(x.get(name + ".deviceType")); kind == "cdrom-image" || !strings.Contains(kind, "cdrom") {
 				warnings = append(warnings, fmt.Sprintf("%s (%s) is not in the point", name, x.get(name+".fileName")))
 			}
 			x.dropDevice(name)

@@ -68,7 +68,7 @@ func TestInstantVMX(t *testing.T) {
 			t.Errorf("%s is still there", not)
 		}
 	}
-	if len(warnings) != 2 || !strings.Contains(warnings[0], "scsi0:1 (disk1.vmdk)") || !strings.Contains(warnings[1], "serial0") {
+	if len(warnings) != 3 || !strings.Contains(warnings[0], "scsi0:1 (disk1.vmdk)") || !strings.Contains(warnings[1], "debian.iso") || !strings.Contains(warnings[2], "serial0") {
 		t.Errorf("warnings %q", warnings)
 	}
 	if t.Failed() {

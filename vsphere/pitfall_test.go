@@ -255,6 +255,17 @@ func TestLiar(t *testing.T) {
 	r.wantDisks(p, r.truth(vm))
 }
 
+// TestRawDevice: a raw device in virtual mode is no file; where only files are to be read it is left out, and said.
+func TestRawDevice(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(vspheretest.VMSpec{Name: "db", Disks: []vspheretest.DiskSpec{{Size: 4 * mib}, {Size: 4 * mib, RDM: "virtual"}}})
+	r.cfg.Transport = vsphere.TransportFolder
+	p := r.mustBackup(r.source(), "db")
+	r.wantWarning(p, "is a raw device")
+	r.wantDisks(p, r.truth(vm)[:1])
+	r.nothingLeft(vm)
+}
+
 // TestNoTools: a server that is asked to quiesce a guest without VMware Tools makes a snapshot all the same.
 func TestNoTools(t *testing.T) {
 	r := newRig(t, vspheretest.Options{})
@@ -678,7 +689,7 @@ func TestPrivilegesToRestore(t *testing.T) {
 	vm := r.add(oneDisk("web"))
 	src := r.source()
 	p := r.mustBackup(src, "web")
-	for _, privilege := range []string{"VApp.Import", "Network.Assign", "Datastore.AllocateSpace", "VirtualMachine.Inventory.Create", "Resource.AssignVMToPool"} {
+	for _, privilege := range []string{"VApp.Import", "Network.Assign", "Datastore.AllocateSpace", "VirtualMachine.Inventory.Create", "Resource.AssignVMToPool", "VirtualMachine.Inventory.Delete"} {
 		r.server.Deny(privilege)
 		f := finding(t, src, "privileges for a restore")
 		if f.Level != vsphere.Warning || !strings.Contains(f.Text, privilege+" is missing") {

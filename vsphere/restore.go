@@ -67,6 +67,7 @@ type restoring struct {
 	to   target
 
 	disks    []restoredDisk
+	macs     []string // that the VM is to have
 	warnings []string
 }
 
@@ -104,9 +105,10 @@ func (r *restoring) run(ctx context.Context) (*Restored, error) {
 	}
 	made := &Restored{ID: ref.Value, Path: path.Join(r.to.folderPath, r.what.Name)}
 	var vm mo.VirtualMachine
-	if err := r.src.c.retrieve(ctx, ref, []string{"config.files"}, &vm); err != nil {
+	if err := r.src.c.retrieve(ctx, ref, []string{"config.files", "config.hardware.device"}, &vm); err != nil {
 		return nil, err
 	}
+	r.lookAtMACs(&vm)
 	if len(r.what.NVRAM) > 0 && vm.Config != nil {
 		if err := r.nvram(ctx, vm.Config.Files.VmPathName); err != nil {
 			r.warnf("the NVRAM could not be restored, the VM begins with an empty one: %v", missing(err))
@@ -125,9 +127,26 @@ func (r *restoring) run(ctx context.Context) (*Restored, error) {
 	return made, nil
 }
 
+// lookAtMACs says which addresses the server did not let the VM have.
+func (r *restoring) lookAtMACs(vm *mo.VirtualMachine) {
+	have := map[string]bool{}
+	if vm.Config != nil {
+		for _, d := range vm.Config.Hardware.Device {
+			if card, ok := d.(types.BaseVirtualEthernetCard); ok {
+				have[strings.ToLower(card.GetVirtualEthernetCard().MacAddress)] = true
+			}
+		}
+	}
+	for _, mac := range r.macs {
+		if !have[strings.ToLower(mac)] {
+			r.warnf("the server gave a network card another MAC address than %s", mac)
+		}
+	}
+}
+
 // fill makes the VM by an import lease and sends its disks. The server removes a VM whose lease does not end well.
 func (r *restoring) fill(ctx context.Context) (ref types.ManagedObjectReference, err error) {
-	req := &types.ImportVApp{This: r.to.pool, Spec: &types.VirtualMachineImportSpec{ConfigSpec: r.spec}, Folder: &r.to.folder}
+	req := &types.ImportVApp{This: r.to.pool, Spec: &types.VirtualMachineImportSpec{ConfigSpec: r.spec}, Folder: &r.to.folder, Host: &r.to.host}
 	res, err := methods.ImportVApp(ctx, r.src.c, req)
 	if err != nil {
 		return ref, err

@@ -102,8 +102,10 @@ func (r *restoring) devices(ctx context.Context, c *types.VirtualMachineConfigIn
 				return err
 			}
 		case *types.VirtualCdrom:
-			// One without a medium is no loss.
-		case types.BaseVirtualController:
+			if iso, ok := d.Backing.(*types.VirtualCdromIsoBackingInfo); ok && iso.FileName != "" {
+				r.warnf("%s with %s is left out", deviceText(d), iso.FileName)
+			} // One without a medium is no loss.
+		case types.BaseVirtualSCSIController, types.BaseVirtualSATAController, *types.VirtualNVMEController:
 			// With its disks.
 		default:
 			if !always(dev) {
@@ -183,8 +185,11 @@ func (r *restoring) addCard(ctx context.Context, d types.BaseVirtualEthernetCard
 	card.Key, card.ControllerKey, card.Backing = -2000-int32(len(r.spec.DeviceChange)), 0, backing
 	card.Connectable = &types.VirtualDeviceConnectInfo{StartConnected: r.what.Connect, AllowGuestControl: true}
 	card.DeviceInfo, card.ResourceAllocation, card.ExternalId = nil, nil, ""
-	if card.AddressType = string(types.VirtualEthernetCardMacTypeManual); !r.what.KeepIdentity {
+	// An address that the server gave out is not one that may be set by hand: the kind stays, and what became of it is looked at.
+	if !r.what.KeepIdentity {
 		card.AddressType, card.MacAddress = string(types.VirtualEthernetCardMacTypeGenerated), ""
+	} else {
+		r.macs = append(r.macs, card.MacAddress)
 	}
 	r.add(d.(types.BaseVirtualDevice), "")
 	return nil

@@ -22,6 +22,7 @@ type target struct {
 	datacenter     types.ManagedObjectReference
 	datacenterPath string
 	folder, pool   types.ManagedObjectReference
+	host           types.ManagedObjectReference // which has the datastore
 	folderPath     string
 	datastoreName  string
 	networks       []thing
@@ -45,8 +46,7 @@ func (r *restoring) find(ctx context.Context) error {
 		}
 	}
 	s := r.src
-	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder,
-		[]string{"Folder", "Datacenter", "ResourcePool", "Datastore", "Network"}, true)
+	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder, []string{"Folder", "Datacenter", "ResourcePool"}, true)
 	if err != nil {
 		return err
 	}
@@ -58,10 +58,20 @@ func (r *restoring) find(ctx context.Context) error {
 	if err := r.findFolder(all, cmp.Or(r.what.Folder, path.Dir(was.Path))); err != nil {
 		return err
 	}
-	if err := r.findPool(all, cmp.Or(r.what.Pool, was.Pool)); err != nil {
+	in, err := r.inDatacenter(ctx, "HostSystem", "Datastore", "Network")
+	if err != nil {
 		return err
 	}
-	return r.findStores(ctx, v, &was)
+	defer in.Destroy(context.WithoutCancel(ctx))
+	if r.to.host, r.to.pool, err = r.findHost(ctx, in, all, "", &was); err != nil {
+		return err
+	}
+	return r.findStores(ctx, in, &was)
+}
+
+// inDatacenter is a view of what is in the datacenter that was found: names are unique in one, not in a server.
+func (r *restoring) inDatacenter(ctx context.Context, kinds ...string) (*view.ContainerView, error) {
+	return view.NewManager(r.src.c.Client).CreateContainerView(ctx, r.to.datacenter, kinds, true)
 }
 
 // findFolder finds the folder, and with it the datacenter. The old one's that is not there any more becomes the first of its datacenter.
@@ -117,28 +127,82 @@ func vmFolder(all places, ref types.ManagedObjectReference) bool {
 	return false
 }
 
-// findPool finds a resource pool of the datacenter by its name; the old one's that is not there any more becomes the first.
-func (r *restoring) findPool(all places, want string) error {
-	var pools []thing
-	for ref, e := range all {
-		if ref.Type == "ResourcePool" {
-			pools = append(pools, thing{unescape(e.Name), ref})
-		}
+// findHost finds the host that is to run the VM and a resource pool of its cluster: those that are told, or that the old VM had, or else the first.
+func (r *restoring) findHost(ctx context.Context, in *view.ContainerView, all places, want string, was *inventory) (host, pool types.ManagedObjectReference, err error) {
+	var hosts []mo.HostSystem
+	if err := in.Retrieve(ctx, []string{"HostSystem"}, []string{"name", "parent", "runtime.connectionState", "runtime.inMaintenanceMode"}, &hosts); err != nil {
+		return host, pool, err
 	}
-	slices.SortFunc(pools, func(a, b thing) int {
-		return cmp.Or(cmp.Compare(a.name, b.name), cmp.Compare(a.ref.Value, b.ref.Value))
+	slices.SortFunc(hosts, func(a, b mo.HostSystem) int {
+		if aWas, bWas := unescape(a.Name) == was.Host, unescape(b.Name) == was.Host; aWas != bWas {
+			return map[bool]int{true: -1, false: 1}[aWas]
+		}
+		return strings.Compare(a.Name, b.Name)
 	})
-	i := slices.IndexFunc(pools, func(p thing) bool { return p.name == want })
-	if i < 0 && (r.what.Pool != "" || len(pools) == 0) {
-		return fmt.Errorf("resource pool %q: %w; there are %q", want, ErrNoTarget, namesIn(pools))
-	}
-	if i < 0 {
-		if i = max(0, slices.IndexFunc(pools, func(p thing) bool { return p.name == "Resources" })); want != "" {
-			r.warnf("there is no resource pool %s: it is in %s", want, pools[i].name)
+	var able, pools []string
+	for _, h := range hosts {
+		if h.Parent == nil || h.Runtime.ConnectionState != types.HostSystemConnectionStateConnected || h.Runtime.InMaintenanceMode {
+			continue
+		}
+		able = append(able, unescape(h.Name))
+		if want != "" && unescape(h.Name) != want {
+			continue
+		}
+		pool, names, err := r.findPool(ctx, all, *h.Parent, was.Pool)
+		if err != nil {
+			return host, pool, err
+		}
+		if pools = append(pools, names...); pool.Value != "" {
+			return h.Self, pool, nil
 		}
 	}
-	r.to.pool = pools[i].ref
-	return nil
+	if r.what.Pool != "" && len(pools) > 0 {
+		slices.Sort(pools)
+		return host, pool, fmt.Errorf("resource pool %q: %w; there are %q", r.what.Pool, ErrNoTarget, slices.Compact(pools))
+	}
+	return host, pool, fmt.Errorf("host %q: %w, or cannot run VMs now; there are %q", want, ErrNoTarget, able)
+}
+
+// findPool finds a pool of a host or cluster: that of the name, which may not be there, or the old VM's, or the root. names are those that there are.
+func (r *restoring) findPool(ctx context.Context, all places, owner types.ManagedObjectReference, was string) (found types.ManagedObjectReference, names []string, err error) {
+	var c mo.ComputeResource
+	if err := r.src.c.retrieve(ctx, owner, []string{"resourcePool"}, &c); err != nil {
+		return found, nil, err
+	}
+	if c.ResourcePool == nil {
+		return found, nil, nil
+	}
+	if r.what.Pool == "" {
+		found = *c.ResourcePool
+	}
+	for ref, e := range all {
+		if ref.Type != "ResourcePool" || !below(all, ref, *c.ResourcePool) {
+			continue
+		}
+		name := unescape(e.Name)
+		if names = append(names, name); name == cmp.Or(r.what.Pool, was) {
+			found = ref
+		}
+	}
+	if r.what.Pool == "" && was != "" && !slices.Contains(names, was) {
+		r.warnf("there is no resource pool %s: it is in %s", was, unescape(all[found].Name))
+	}
+	return found, names, nil
+}
+
+// below reports whether an object is another one or below it.
+func below(all places, ref, root types.ManagedObjectReference) bool {
+	for range maxDepth {
+		if ref == root {
+			return true
+		}
+		e, ok := all[ref]
+		if !ok || e.Parent == nil {
+			return false
+		}
+		ref = *e.Parent
+	}
+	return false
 }
 
 func namesIn(list []thing) []string {
@@ -167,12 +231,13 @@ func (r *restoring) findStores(ctx context.Context, v *view.ContainerView, was *
 // findDatastore finds the datastore: as told, or one that the old VM was on. was may be nil.
 func (r *restoring) findDatastore(ctx context.Context, v *view.ContainerView, was *inventory) (ref types.ManagedObjectReference, err error) {
 	var stores []mo.Datastore
-	if err := v.Retrieve(ctx, []string{"Datastore"}, []string{"name", "summary"}, &stores); err != nil {
+	if err := v.Retrieve(ctx, []string{"Datastore"}, []string{"name", "summary", "host"}, &stores); err != nil {
 		return ref, err
 	}
 	usable := map[string]types.ManagedObjectReference{}
 	for _, d := range stores {
-		if d.Summary.Accessible {
+		onHost := slices.ContainsFunc(d.Host, func(m types.DatastoreHostMount) bool { return m.Key == r.to.host })
+		if d.Summary.Accessible && (onHost || r.to.host.Value == "") {
 			usable[d.Name] = d.Self
 		}
 	}

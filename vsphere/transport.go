@@ -40,6 +40,8 @@ func (s *Source) transport(ctx context.Context, snap *snapshot, dev *device) (st
 		return s.cfg.Transport, nil
 	case s.cfg.VDDK.LibDir != "":
 		return TransportVDDK, nil
+	case dev.mapping:
+		return TransportLease, nil
 	}
 	at, err := parsePlace(dev.file)
 	if err != nil {

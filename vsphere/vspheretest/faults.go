@@ -42,6 +42,7 @@ type Faults struct {
 	NoAllocated        bool // "*" is a FileFault
 	HideChange         bool // the last changed block is left out
 	HideAllocated      bool // and in the answer to "*" too
+	KeepTracking       bool // of a VM that is off is not dropped when it is switched off
 	MoveResetsTracking bool // a move to another datastore begins the tracking anew
 
 	// Sessions and files.

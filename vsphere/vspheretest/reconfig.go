@@ -53,7 +53,7 @@ func (vm *VM) follow(sim *simulator.VirtualMachine, changes []types.BaseVirtualD
 	defer vm.mu.Unlock()
 	vm.instanceUUID = sim.Config.InstanceUuid
 	vm.wanted = sim.Config.ChangeTrackingEnabled != nil && *sim.Config.ChangeTrackingEnabled
-	if !vm.wanted && !vm.on {
+	if !vm.wanted && !vm.on && !vm.s.lies(func(f *Faults) bool { return f.KeepTracking }) {
 		for _, d := range vm.disks {
 			d.track = nil // the host removes -ctk.vmdk at once; of a VM that runs at its next stun
 		}
