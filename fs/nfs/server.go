@@ -183,6 +183,14 @@ func (s *Server) Addr() net.Addr {
 	return nil
 }
 
+// PortmapAddr is where the portmapper is; nil before ListenPortmap.
+func (s *Server) PortmapAddr() net.Addr {
+	if l := s.find(progPortmap); l != nil {
+		return l.tcp.Addr()
+	}
+	return nil
+}
+
 // Serve serves what Listen opened until ctx ends or Shutdown or Close is called;
 // then it answers the requests at work, and returns nil.
 func (s *Server) Serve(ctx context.Context) error {
