@@ -161,3 +161,10 @@ func TestSmoke(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 }
+
+// drop forgets what was logged.
+func (l *errorLog) drop() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.errs = nil
+}

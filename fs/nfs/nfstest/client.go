@@ -75,6 +75,7 @@ func (l *link) receive() {
 			l.deliver(binary.BigEndian.Uint32(p), p)
 		}
 	}
+	l.nc.Close()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.err = err
