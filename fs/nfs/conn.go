@@ -176,7 +176,7 @@ func (c *conn) next() *request {
 	c.readMu.Lock()
 	c.waiting.Add(-1)
 	defer c.readMu.Unlock()
-	for !c.over {
+	for !c.over && !c.broken.Load() {
 		r := requestPool.Get().(*request)
 		if err := c.read(r); err != nil {
 			c.done(r)
