@@ -30,6 +30,7 @@ var mayImport = map[string][]string{
 	"fs":                 {"store"},
 	"fs/fuse":            {"fs", "store"},
 	"fs/nfs":             {"fs", "store"},
+	"fs/nfs/...":         {"fs/nfs"},
 	"fs/extract":         {"fs", "store"},
 	"fs/boot":            {"fs", "store"},
 	"fs/boot/...":        {"fs/boot"},
