@@ -431,14 +431,26 @@ func (f *Folder) take(d *handle, name string, how func(nfs.ID, nfs.Kind) error) 
 	}
 	f.mu.Unlock()
 	if err == nil {
-		f.cache.drop(id)
+		f.removed(id, &st)
 	}
 	return absent(err)
 }
 
-// forgetAt forgets a file if it is known at that name; with another one it goes on. f.mu is held.
+// forgetAt forgets a file if it is known at that name. f.mu is held.
 func (f *Folder) forgetAt(id nfs.ID, at slot) {
 	if n := f.nodes[id]; n.parent == at.dir && n.name == at.name {
 		delete(f.nodes, id)
 	}
+}
+
+// removed ends the use of a file that lost a name; st is of before. Others may have given it more, which makes it the same file still.
+func (f *Folder) removed(id nfs.ID, st *unix.Statx_t) {
+	if _, known := f.where(id); known {
+		return
+	}
+	if st.Nlink > 1 && kindOf(st) != nfs.KindDir {
+		f.walk() // what cannot be read now is found by its name later
+		return
+	}
+	f.cache.drop(id)
 }

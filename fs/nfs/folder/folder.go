@@ -31,7 +31,7 @@ type Placed struct {
 	Path    string // where it is first, below the root: "vm/disk0-flat.vmdk"; its directories are made
 	Key     string // what the file is, up to 1024 bytes: the same after every restart
 	Content Content
-	Time    time.Time // of its first appearance
+	Time    time.Time // of its first appearance; zero for now
 	Mode    uint32    // then, too
 }
 
@@ -147,6 +147,7 @@ func open(dir string, opt Options) (*Folder, error) {
 		f.shut()
 		return nil, err
 	}
+	f.nodes[f.root.id] = node{kind: nfs.KindDir}
 	return f, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path"
 	"strings"
@@ -219,6 +220,9 @@ func (f *Folder) place(placed []Placed, known []entry) error {
 		was[e.key] = e
 	}
 	for _, p := range placed {
+		if p.Time.IsZero() {
+			p.Time = f.now()
+		}
 		q := newPlace(p)
 		if p.Key == "" || len(p.Key) > maxKey || p.Content == nil || f.byID[q.id] != nil {
 			return fmt.Errorf("placed file %q: its key %q is empty, too long or another's too, or it has no content: %w", p.Path, p.Key, syscall.EINVAL)
@@ -252,11 +256,14 @@ func (f *Folder) place(placed []Placed, known []entry) error {
 
 // placeFirst puts a file where none may be.
 func (f *Folder) placeFirst(p *place, at string) error {
+	if !fs.ValidPath(at) {
+		return syscall.EINVAL
+	}
 	dir, name := path.Split(at)
 	if err := checkName(name); err != nil {
 		return err
 	}
-	d, err := f.makeDirs(strings.Trim(dir, "/"))
+	d, err := f.makeDirs(strings.TrimSuffix(dir, "/"))
 	if err != nil {
 		return err
 	}

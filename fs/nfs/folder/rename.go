@@ -49,43 +49,43 @@ func (f *Folder) renameReal(a *handle, name string, b *handle, as string) error 
 		defer unix.Close(fd) // as in unlink
 	}
 	f.mu.Lock()
-	id, over, err := f.move(a, name, b, as)
+	over, st, err := f.move(a, name, b, as)
 	f.mu.Unlock()
-	if err == nil && over != id && over.File != 0 {
-		f.cache.drop(over)
+	if err == nil && over.File != 0 {
+		f.removed(over, &st)
 	}
 	return err
 }
 
-// move renames; over is what lay at the target. f.mu is held.
-func (f *Folder) move(a *handle, name string, b *handle, as string) (id, over nfs.ID, err error) {
+// move renames; over is what lay at the target and was replaced. f.mu is held.
+func (f *Folder) move(a *handle, name string, b *handle, as string) (over nfs.ID, ost unix.Statx_t, err error) {
 	id, st, err := identify(a.fd, name, f.mount)
 	if err != nil {
-		return id, over, absent(err)
+		return over, ost, absent(err)
 	}
-	over, ost, err := identify(b.fd, as, f.mount)
+	over, ost, err = identify(b.fd, as, f.mount)
 	switch {
 	case errors.Is(err, errHidden):
-		return id, over, syscall.EACCES
+		return over, ost, syscall.EACCES
 	case errors.Is(err, unix.ENOENT):
 		over = nfs.ID{}
 	case err != nil:
-		return id, over, err
+		return over, ost, err
 	case over == id:
-		return id, over, nil // RFC 1813 §3.3.14: nothing is done
-	case (kindOf(&st) == nfs.KindDir) != (kindOf(&ost) == nfs.KindDir), len(f.slotsIn(over)) > 0:
-		return id, over, syscall.EEXIST
+		return nfs.ID{}, ost, nil // RFC 1813 §3.3.14: nothing is done
+	case len(f.slotsIn(over)) > 0:
+		return over, ost, syscall.EEXIST
 	}
 	err = unix.Renameat(a.fd, name, b.fd, as)
-	if errors.Is(err, unix.ENOTEMPTY) {
-		err = syscall.EEXIST
-	}
-	if err != nil {
-		return id, over, inRemoved(err)
+	switch {
+	case errors.Is(err, unix.ENOTEMPTY), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.EISDIR): // rename(2)
+		return over, ost, syscall.EEXIST
+	case err != nil:
+		return over, ost, inRemoved(err)
 	}
 	f.forgetAt(over, slot{b.id, as})
 	f.nodes[id] = node{kind: kindOf(&st), parent: b.id, name: as}
-	return id, over, nil
+	return over, ost, nil
 }
 
 // renamePlaced renames where a placed file is concerned, or was a moment ago.

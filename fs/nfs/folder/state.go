@@ -1,6 +1,7 @@
 package folder
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -71,10 +72,14 @@ func encodeState(list []entry) []byte {
 	for i := range list {
 		b = list[i].append(b)
 	}
-	body := b[stateHead:]
-	binary.LittleEndian.PutUint32(b[len(stateMagic):], uint32(len(body)))
-	binary.LittleEndian.PutUint32(b[len(stateMagic)+4:], crc32.Checksum(body, crcTable))
+	copy(b[len(stateMagic):], sumOf(b[stateHead:]))
 	return b
+}
+
+// sumOf is what is said of the body in the head.
+func sumOf(body []byte) []byte {
+	b := binary.LittleEndian.AppendUint32(nil, uint32(len(body)))
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(body, crcTable))
 }
 
 // decodeState refuses what encodeState would not write.
@@ -83,8 +88,7 @@ func decodeState(b []byte) ([]entry, error) {
 		return nil, ErrDamaged
 	}
 	body := b[stateHead:]
-	if binary.LittleEndian.Uint32(b[len(stateMagic):]) != uint32(len(body)) ||
-		binary.LittleEndian.Uint32(b[len(stateMagic)+4:]) != crc32.Checksum(body, crcTable) {
+	if !bytes.Equal(b[len(stateMagic):stateHead], sumOf(body)) {
 		return nil, ErrDamaged
 	}
 	var list []entry

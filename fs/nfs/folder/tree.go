@@ -319,7 +319,6 @@ func (f *Folder) Readlink(_ context.Context, link nfs.ID) (target string, err er
 
 // walk finds all that is in data/.
 func (f *Folder) walk() error {
-	f.nodes[f.root.id] = node{kind: nfs.KindDir}
 	for todo := []nfs.ID{f.root.id}; len(todo) > 0; {
 		dir := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
