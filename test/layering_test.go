@@ -31,6 +31,7 @@ var mayImport = map[string][]string{
 	"fs/fuse":            {"fs", "store"},
 	"fs/nfs":             {"fs", "store"},
 	"fs/nfs/...":         {"fs/nfs"},
+	"fs/nfs/point":       {"fs", "fs/nfs/folder", "store"},
 	"fs/extract":         {"fs", "store"},
 	"fs/boot":            {"fs", "store"},
 	"fs/boot/...":        {"fs/boot"},
