@@ -30,6 +30,8 @@ var mayImport = map[string][]string{
 	"fs":                 {"store"},
 	"fs/fuse":            {"fs", "store"},
 	"fs/nfs":             {"fs", "store"},
+	"fs/nfs/...":         {"fs/nfs"},
+	"fs/nfs/point":       {"fs", "fs/nfs/folder", "store"},
 	"fs/extract":         {"fs", "store"},
 	"fs/boot":            {"fs", "store"},
 	"fs/boot/...":        {"fs/boot"},

@@ -162,8 +162,8 @@ func commands() []command {
 			min: 1, max: 1, completes: files, run: runUmount,
 		},
 		{
-			name: "export", usage: "POINT --nbd ADDRESS [--disk disk0] [--writable [--overlay DIR]] [--tls-cert FILE --tls-key FILE [--tls-ca FILE]]",
-			short: "serve the disks of a restore point by NBD",
+			name: "export", usage: "POINT [--nbd ADDRESS] [--nfs ADDRESS [--allow NETWORK]...] [--disk disk0] [--writable [--overlay DIR]] [--tls-cert FILE --tls-key FILE [--tls-ca FILE]]",
+			short: "serve the disks of a restore point by NBD or NFS",
 			long:  exportHelp,
 			min:   1, max: 1,
 			flags: exportFlags(),

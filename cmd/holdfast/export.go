@@ -9,24 +9,34 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-backup/holdfast/fs/nbd"
 	"github.com/holdfast-backup/holdfast/fs/overlay"
 	"github.com/holdfast-backup/holdfast/store"
 )
 
-const exportHelp = `Each disk of the point is an export of its name, raw; a single one is the default export, too. It runs until
-SIGINT or SIGTERM. ADDRESS is unix:PATH, HOST:PORT or :PORT. Without TLS anybody who can reach a port can read the
-disks. With --writable, what is written goes to an overlay and never to the point; it is gone at the end, unless --overlay
+const exportHelp = `With --nbd each disk of the point is an export of its name, raw; a single one is the default export, too. ADDRESS is
+unix:PATH, HOST:PORT or :PORT. Without TLS anybody who can reach a port can read the disks.
+With --nfs (NFS version 3, HOST:PORT or :PORT) the export is called like the VM, /web, and has the disks as raw files,
+VMDK, VHDX and qcow2, and the configuration. Only this computer may mount it unless --allow names others; their root is
+nobody, unless --no-root-squash. Clients ask a portmapper at port 111 for the port: holdfast answers there if nobody else
+does and it may.
+It runs until SIGINT or SIGTERM. With --writable, what is written goes to an overlay and never to the point; it is gone at the end, unless --overlay
 names a directory for it, which the same command finds again. Up to 256 MiB of what was read is kept in memory.
 ` + pointHelp
 
 func exportFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "nbd", Usage: "serve NBD at `ADDRESS`"},
+		&cli.StringFlag{Name: "nfs", Usage: "serve NFS at `ADDRESS`, HOST:PORT or :PORT; the usual port is 2049"},
+		&cli.StringFlag{Name: "portmap", Value: "auto", Usage: "with --nfs, `ADDRESS` of the portmapper: auto, off, HOST:PORT or :PORT"},
+		&cli.StringSliceFlag{Name: "allow", Usage: "with --nfs, `ADDRESS` or network (192.0.2.0/24) that may mount it; may be repeated"},
+		&cli.BoolFlag{DisableDefaultText: true, Name: "no-root-squash", Usage: "with --nfs, root of a client is root; ESXi needs it"},
 		&cli.StringFlag{Name: "disk", Usage: "only this `DISK` of the point, such as disk0"},
 		&cli.BoolFlag{DisableDefaultText: true, Name: "writable", Usage: "let clients write, to an overlay"},
 		&cli.StringFlag{Name: "overlay", TakesFile: true, Usage: "`DIR` that keeps what is written"},
@@ -37,13 +47,31 @@ func exportFlags() []cli.Flag {
 }
 
 func checkExport(c *call) error {
-	if c.String("nbd") == "" {
-		return usagef("export: how? --nbd is missing")
+	if c.String("nbd") == "" && c.String("nfs") == "" {
+		return usagef("export: how? --nbd or --nfs is missing")
 	}
-	if path, unix := strings.CutPrefix(c.String("nbd"), "unix:"); unix && path == "" {
-		return usagef("export: --nbd: the path of the socket is missing")
-	} else if _, port, err := net.SplitHostPort(c.String("nbd")); !unix && (err != nil || port == "") {
-		return withHint(usagef("export: --nbd: %q is no address", c.String("nbd")), "write unix:PATH, HOST:PORT or :PORT")
+	for _, flag := range []string{"nbd", "nfs"} {
+		if addr := c.String(flag); addr == "" {
+			continue
+		} else if path, unix := strings.CutPrefix(addr, "unix:"); unix && path == "" {
+			return usagef("export: --%s: the path of the socket is missing", flag)
+		} else if _, port, err := net.SplitHostPort(addr); !unix && (err != nil || port == "") {
+			return withHint(usagef("export: --%s: %q is no address", flag, addr), "write unix:PATH, HOST:PORT or :PORT")
+		}
+	}
+	if strings.HasPrefix(c.String("nfs"), "unix:") {
+		return withHint(usagef("export: --nfs: no NFS client knows unix sockets"), "write HOST:PORT or :PORT")
+	}
+	for _, flag := range []string{"portmap", "allow", "no-root-squash"} {
+		if c.IsSet(flag) && c.String("nfs") == "" {
+			return usagef("export: --%s goes with --nfs", flag)
+		}
+	}
+	if c.String("nbd") == "" && c.String("tls-cert")+c.String("tls-key")+c.String("tls-ca") != "" {
+		return usagef("export: TLS goes with --nbd")
+	}
+	if _, err := c.allowed(); err != nil {
+		return err
 	}
 	if c.String("overlay") != "" && !c.Bool("writable") {
 		return usagef("export: --overlay goes with --writable")
@@ -62,10 +90,11 @@ type exported struct {
 	Type     string        `json:"type"` // "export"
 	ID       store.PointID `json:"id"`
 	Path     string        `json:"path"`
-	Address  string        `json:"address"`
+	Address  string        `json:"address,omitempty"` // of NBD
 	Exports  []string      `json:"exports"`
 	Writable bool          `json:"writable"`
 	TLS      bool          `json:"tls"`
+	NFS      *exportedNFS  `json:"nfs,omitempty"`
 }
 
 func runExport(ctx context.Context, c *call) error {
@@ -79,78 +108,132 @@ func runExport(ctx context.Context, c *call) error {
 			return err
 		}
 		defer release()
-		srv := &nbd.Server{Log: func(err error) { c.progress.warn("%v", err) }}
-		if srv.TLS, err = c.exportTLS(); err != nil {
-			return err
-		}
-		srv.RequireTLS = srv.TLS != nil
-		exports, closeAll, err := c.exportsOf(r, p)
-		defer func() { err = errors.Join(err, closeAll()) }()
+		disks, err := c.openDisks(r, p)
 		if err != nil {
 			return err
 		}
-		srv.Exports = exports
-		ln, err := nbd.Listen(c.String("nbd"))
-		if err != nil {
-			return err
+		defer func() { err = errors.Join(err, disks.close()) }()
+		out := exported{Type: "export", ID: p.ID, Path: p.Path(), Writable: c.Bool("writable")}
+		for _, d := range disks.list {
+			out.Exports = append(out.Exports, d.name)
 		}
-		out := exported{Type: "export", ID: p.ID, Path: p.Path(), Address: ln.Addr().String(), Writable: c.Bool("writable"), TLS: srv.RequireTLS}
-		for _, e := range exports {
-			out.Exports = append(out.Exports, e.Name)
+		var serve []func(context.Context) error
+		if c.String("nbd") != "" {
+			run, err := c.exportNBD(p, disks, &out)
+			if err != nil {
+				return err
+			}
+			serve = append(serve, run)
 		}
-		c.out.line("%s: %s served by NBD at %s", p.Path(), strings.Join(out.Exports, ", "), out.Address)
+		if c.String("nfs") != "" {
+			run, err := c.exportNFS(ctx, r, sum, p, disks, &out)
+			if err != nil {
+				return err
+			}
+			serve = append(serve, run)
+		}
 		if err := errors.Join(c.out.object(out), c.out.flush()); err != nil {
-			ln.Close()
 			return err
 		}
-		return srv.Serve(ctx, ln)
+		g, ctx := errgroup.WithContext(ctx)
+		for _, run := range serve {
+			g.Go(func() error { return run(ctx) })
+		}
+		return g.Wait()
 	})
+}
+
+// exportNBD begins to listen, and gives what serves.
+func (c *call) exportNBD(p *store.Point, disks *openedDisks, out *exported) (run func(context.Context) error, err error) {
+	srv := &nbd.Server{Log: func(err error) { c.progress.warn("%v", err) }}
+	if srv.TLS, err = c.exportTLS(); err != nil {
+		return nil, err
+	}
+	srv.RequireTLS = srv.TLS != nil
+	for _, d := range disks.list {
+		e := nbd.Export{Name: d.name, Description: p.Path() + " " + d.name, Disk: d.image}
+		if d.overlay != nil {
+			e.Disk, e.Writable = d.overlay, true
+		}
+		srv.Exports = append(srv.Exports, e)
+	}
+	ln, err := nbd.Listen(c.String("nbd"))
+	if err != nil {
+		return nil, err
+	}
+	out.Address, out.TLS = ln.Addr().String(), srv.RequireTLS
+	c.out.line("%s: %s served by NBD at %s", p.Path(), strings.Join(out.Exports, ", "), out.Address)
+	return func(ctx context.Context) error { return srv.Serve(ctx, ln) }, nil
 }
 
 // exportCache is how much of what clients read, or will read next, is kept decoded, bytes.
 const exportCache = 256 << 20
 
-// exportsOf opens the disks. closeAll is never nil.
-func (c *call) exportsOf(r *store.Repo, p *store.Point) (list []nbd.Export, closeAll func() error, err error) {
-	var closers []func() error
-	closeAll = func() error {
-		var errs []error
-		for _, f := range closers {
-			errs = append(errs, f())
-		}
-		return errors.Join(errs...)
+// openedDisk is a disk that is exported.
+type openedDisk struct {
+	name    string
+	image   *store.CachedImage
+	overlay *overlay.Disk // nil unless clients may write
+}
+
+// openedDisks are the disks of a point that are exported, and where what clients write is kept; dir is empty when they cannot.
+type openedDisks struct {
+	dir     string
+	list    []openedDisk
+	closers []func() error // the last first
+}
+
+func (o *openedDisks) close() error {
+	var errs []error
+	for _, f := range slices.Backward(o.closers) {
+		errs = append(errs, f())
 	}
-	dir := c.String("overlay")
-	if c.Bool("writable") && dir == "" {
-		if dir, err = os.MkdirTemp("", "holdfast-export-"); err != nil {
-			return nil, closeAll, err
+	return errors.Join(errs...)
+}
+
+// openDisks opens the disks that are exported.
+func (c *call) openDisks(r *store.Repo, p *store.Point) (o *openedDisks, err error) {
+	o = &openedDisks{dir: c.String("overlay")}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, o.close())
 		}
-		defer func() { closers = append(closers, func() error { return os.RemoveAll(dir) }) }()
+	}()
+	if c.Bool("writable") && o.dir == "" {
+		if o.dir, err = o.scratch(); err != nil {
+			return nil, err
+		}
 	}
 	disks, err := c.chosenDisks(p)
 	if err != nil {
-		return nil, closeAll, err
+		return nil, err
 	}
 	cache := store.NewCache(exportCache)
 	for i := range disks {
 		d := &disks[i]
 		whole, err := r.OpenDisk(p, d.Name)
 		if err != nil {
-			return nil, closeAll, err
+			return nil, err
 		}
-		img := whole.Ahead(cache)
-		e := nbd.Export{Name: d.Name, Description: p.Path() + " " + d.Name, Disk: img}
+		x := openedDisk{name: d.Name, image: whole.Ahead(cache)}
 		if c.Bool("writable") {
-			o, err := openOverlay(filepath.Join(dir, d.Name), img, overlay.Options{Base: p.ID.String() + "/" + d.Name})
-			if err != nil {
-				return nil, closeAll, err
+			if x.overlay, err = openOverlay(filepath.Join(o.dir, d.Name), x.image, overlay.Options{Base: p.ID.String() + "/" + d.Name}); err != nil {
+				return nil, err
 			}
-			closers = append(closers, o.Close)
-			e.Disk, e.Writable = o, true
+			o.closers = append(o.closers, x.overlay.Close)
 		}
-		list = append(list, e)
+		o.list = append(o.list, x)
 	}
-	return list, closeAll, nil
+	return o, nil
+}
+
+// scratch makes a directory that is removed at the end.
+func (o *openedDisks) scratch() (string, error) {
+	dir, err := os.MkdirTemp("", "holdfast-export-")
+	if err == nil {
+		o.closers = append(o.closers, func() error { return os.RemoveAll(dir) })
+	}
+	return dir, err
 }
 
 // openOverlay opens an overlay, or makes it.
