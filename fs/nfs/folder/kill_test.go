@@ -98,7 +98,7 @@ func workIn(f *Folder, w int) error {
 
 // someName is rarely that of a placed file, so that those live for a while.
 func someName() string {
-	if rand.IntN(60) == 0 {
+	if rand.IntN(500) == 0 {
 		return fmt.Sprint("p", rand.IntN(3))
 	}
 	return string(rune('a' + rand.IntN(5)))

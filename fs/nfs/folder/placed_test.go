@@ -207,6 +207,33 @@ func TestPlacedTimesParallel(t *testing.T) {
 	wg.Wait()
 }
 
+// TestTimeWaits: while a change of a placed file is written down its time does not move, for what is written would be behind then.
+func TestTimeWaits(t *testing.T) {
+	f := mustOpen(t, tempDir(t), Options{}, three()...)
+	id := lookup(t, f, "vm", "a")
+	want(t, second(f.WriteAt(ctx, id, []byte("a"), 0)), 0) // from now on the ceiling is high
+	before, calls := attr(t, f, id).Changed, 0
+	wrote := make(chan error, 1)
+	want(t, f.commit(edit{f.byID[id], func(e *entry) {
+		if calls++; calls > 1 {
+			return
+		}
+		go func() { wrote <- second(f.WriteAt(ctx, id, []byte("b"), 0)) }()
+		select {
+		case <-wrote:
+			t.Error("a write was answered")
+		case <-time.After(50 * time.Millisecond):
+		}
+		if now := attr(t, f, id).Changed; !now.Equal(before) {
+			t.Error("the time moved")
+		}
+	}}), 0)
+	want(t, <-wrote, 0)
+	if now := attr(t, f, id).Changed; !now.After(before) {
+		t.Error("the time stood still")
+	}
+}
+
 // TestPlacedRefused: lists of placed files that make no sense.
 func TestPlacedRefused(t *testing.T) {
 	d := newDisk(10)

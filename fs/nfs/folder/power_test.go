@@ -73,7 +73,7 @@ func TestPowerCut(t *testing.T) {
 	unmount := mountImage(t, image, on)
 	defer unmount()
 	list := three()
-	f := mustOpen(t, filepath.Join(on, "f"), Options{}, list...)
+	f := mustOpen(t, filepath.Join(on, "f"), Options{OpenFiles: 2}, list...)
 	defer f.Close()
 
 	cuts := 0
@@ -155,6 +155,21 @@ func TestPowerCut(t *testing.T) {
 	want(t, f.Sync(ctx, id), 0)
 	check("sync", func(t *testing.T, f *Folder) {
 		if s := read(t, f, id); len(s) != 106 || s[100:] != "synced" {
+			t.Errorf("%q", s)
+		}
+	})
+	if _, err := f.WriteAt(ctx, id, []byte("closed"), 100); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []nfs.ID{sub, vm, lck} { // so that it is closed
+		want(t, second(f.Create(ctx, sub, "none", nfs.Creation{Exclusive: mark(9)})), 0)
+		h, err := f.open(id, 0)
+		want(t, err, 0)
+		f.release(h)
+	}
+	want(t, f.Remove(ctx, sub, "none"), 0)
+	check("close to make room", func(t *testing.T, f *Folder) {
+		if s := read(t, f, id); s[100:] != "closed" {
 			t.Errorf("%q", s)
 		}
 	})
