@@ -241,6 +241,10 @@ func TestReused(t *testing.T) {
 		want(t, second(f.ReadAt(ctx, id, make([]byte, 1), 0)), syscall.ESTALE)
 	}
 	t.Logf("%d files in %d inodes", len(seen), len(inodes))
+	st := unix.Statx_t{Ino: 1, Mask: statMask, Btime: unix.StatxTimestamp{Sec: 5}}
+	if idOf(&st, []byte{1}) == idOf(&st, []byte{2}) {
+		t.Error("the file system's own generation is not in the ID")
+	}
 }
 
 // TestOutside: files that others make, replace, rename and remove.
@@ -253,11 +257,26 @@ func TestOutside(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	put("b", "new")
-	if err := os.Rename(dataFile(dir, "b"), dataFile(dir, "a")); err != nil {
-		t.Fatal(err)
+	replace := func() {
+		put("b", "new")
+		if err := os.Rename(dataFile(dir, "b"), dataFile(dir, "a")); err != nil {
+			t.Fatal(err)
+		}
 	}
+	replace()
 	want(t, second(f.Attr(ctx, a)), syscall.ESTALE) // it is open still
+	for _, use := range []func(nfs.ID) error{
+		func(id nfs.ID) error { return second(f.Attr(ctx, id)) },
+		func(id nfs.ID) error { return second(f.ReadAt(ctx, id, make([]byte, 3), 0)) },
+		func(id nfs.ID) error { return second(f.WriteAt(ctx, id, []byte("bad"), 0)) },
+		func(id nfs.ID) error { return f.SetAttr(ctx, id, nfs.Change{Size: new(int64)}) },
+		func(id nfs.ID) error { return f.Sync(ctx, id) },
+	} {
+		old := lookup(t, f, "a")
+		replace()
+		f.cache.drop(old)
+		want(t, use(old), syscall.ESTALE)
+	}
 	b := lookup(t, f, "a")
 	if b == a || read(t, f, b) != "new" {
 		t.Error("the old file is there")

@@ -121,6 +121,36 @@ func TestPlacedAndReal(t *testing.T) {
 	}
 }
 
+// TestOrder: what Open must know of a rename that is interrupted is on the disk before a name is changed.
+func TestOrder(t *testing.T) {
+	for _, c := range []struct {
+		from, to string
+		said     func(e entry) nfs.ID
+	}{
+		{"real", "a", func(e entry) nfs.ID { return e.yields }},
+		{"a", "real", func(e entry) nfs.ID { return e.over }},
+	} {
+		dir := tempDir(t)
+		f := mustOpen(t, dir, Options{}, three()...)
+		vm := lookup(t, f, "vm")
+		real := create(t, f, vm, "real", "")
+		done := make(chan error, 1)
+		f.mu.RLock() // no name can be changed
+		go func() { done <- f.Rename(ctx, vm, c.from, vm, c.to) }()
+		said := false
+		for end := time.Now().Add(10 * time.Second); !said && time.Now().Before(end); {
+			list, err := loadState(dir)
+			want(t, errors.Join(err, second(os.Stat(dataFile(dir, "vm", "real")))), 0)
+			said = slices.ContainsFunc(list, func(e entry) bool { return e.key == "a" && c.said(e) == real })
+		}
+		f.mu.RUnlock()
+		want(t, <-done, 0)
+		if !said {
+			t.Errorf("%s to %s: nothing was said before", c.from, c.to)
+		}
+	}
+}
+
 // TestPlacedTimes: they move with writes, what is set stays, and they never go back.
 func TestPlacedTimes(t *testing.T) {
 	dir, list := tempDir(t), three()
