@@ -70,7 +70,7 @@ func workIn(f *Folder, w int) error {
 		return err
 	}
 	for {
-		a := action{kind: string("XGMMRRD"[rand.IntN(7)]), name: someName(), to: someName(), n: rand.Uint64N(8)}
+		a := action{kind: string("XGMMRRD"[rand.IntN(7)]), name: someName(), to: someName(), n: 0o600 + rand.Uint64N(8)}
 		id, err := f.Lookup(ctx, dir, a.name)
 		there := err == nil
 		if there == (a.kind == "X" || a.kind == "G") || a.name == a.to && a.kind == "R" {
