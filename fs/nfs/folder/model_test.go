@@ -355,7 +355,7 @@ func (w *twin) checkFile(dir, p, file string) error {
 
 // TestModel: whatever is done to a folder, with restarts, leaves it as the same by the os package leaves a plain directory.
 func TestModel(t *testing.T) {
-	steps := 3000
+	steps := 2000
 	if testing.Short() {
 		steps = 600
 	}

@@ -375,3 +375,48 @@ func FuzzState(f *testing.F) {
 		}
 	})
 }
+
+// TestNameAlwaysThere: a name at which placed files and others replace each other is always found and listed.
+func TestNameAlwaysThere(t *testing.T) {
+	var list []Placed
+	for i := range 40 {
+		list = append(list, Placed{Path: fmt.Sprint("p", i), Key: fmt.Sprint(i), Content: newDisk(10), Time: day})
+	}
+	f := mustOpen(t, tempDir(t), Options{}, list...)
+	root := f.Root()
+	create(t, f, root, "x", "")
+	stop := make(chan bool)
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := f.Lookup(ctx, root, "x"); err != nil {
+					t.Errorf("lookup %d: %v", n, err)
+					return
+				}
+				if n%10 != 0 {
+					continue
+				}
+				found := false
+				for e, err := range f.ReadDir(ctx, root, 0) {
+					found = found || err == nil && e.Name == "x"
+				}
+				if !found {
+					t.Error("not listed")
+					return
+				}
+			}
+		})
+	}
+	for i := range list {
+		_, err := f.Create(ctx, root, "y", nfs.Creation{})
+		want(t, errors.Join(err, f.Rename(ctx, root, fmt.Sprint("p", i), root, "x"), f.Rename(ctx, root, "y", root, "x")), 0)
+	}
+	close(stop)
+	wg.Wait()
+}

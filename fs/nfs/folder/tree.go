@@ -197,6 +197,12 @@ func (f *Folder) lookup(d *handle, name string) (nfs.ID, error) {
 		return p.id, nil
 	}
 	id, _, err := f.child(d, name)
+	if err == syscall.ENOENT {
+		// A placed file may have come and replaced what was there since it was not found.
+		if p := f.slot(d.id, name); p != nil {
+			return p.id, nil
+		}
+	}
 	return id, err
 }
 
