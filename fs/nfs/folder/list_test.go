@@ -51,7 +51,10 @@ func pages(f *Folder, dir nfs.ID, size int, between func() *Folder) (list []nfs.
 
 // TestPages: 10,000 entries come once each, also when the process is killed between the pages and others come and go.
 func TestPages(t *testing.T) {
-	const n = 10_000
+	n := 10_000
+	if testing.Short() {
+		n = 2000
+	}
 	dir := tempDir(t)
 	f := mustOpen(t, dir, Options{})
 	fill(t, dir, n)
@@ -275,7 +278,10 @@ func TestPlaces(t *testing.T) {
 
 // TestMany: 20,000 files in 200 directories are found again.
 func TestMany(t *testing.T) {
-	const dirs, files = 200, 100
+	dirs, files := 200, 100
+	if testing.Short() {
+		files = 10
+	}
 	dir := tempDir(t)
 	mustOpen(t, dir, Options{}).Close()
 	for i := range dirs {

@@ -379,7 +379,7 @@ func FuzzState(f *testing.F) {
 // TestNameAlwaysThere: a name at which placed files and others replace each other is always found and listed.
 func TestNameAlwaysThere(t *testing.T) {
 	var list []Placed
-	for i := range 40 {
+	for i := range 20 {
 		list = append(list, Placed{Path: fmt.Sprint("p", i), Key: fmt.Sprint(i), Content: newDisk(10), Time: day})
 	}
 	f := mustOpen(t, tempDir(t), Options{}, list...)
