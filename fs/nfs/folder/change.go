@@ -265,7 +265,7 @@ func (f *Folder) finish(d, h *handle, tmp, name string, c nfs.Change) error {
 		return err
 	}
 	h.id = id
-	f.nodes[id] = node{kind: kindOf(&st), parent: d.id, name: name}
+	f.put(id, &st, d.id, name)
 	return nil
 }
 

@@ -31,6 +31,9 @@
 // So IDs are the same after a restart. Open walks data/ to know where each of them is: about 200 bytes of memory for a file.
 // What others rename while the folder is open is ESTALE until a Lookup or ReadDir finds it.
 //
+// It takes Linux 5.8 (utimensat(2) of an open file), /proc, and a file system with renameat2(2)'s RENAME_NOREPLACE, such as ext4, XFS, btrfs and tmpfs. Who
+// is not root may set what the system lets them, and cannot open what they have no right to.
+//
 // # What is durable
 //
 // What changes names or attributes is on the disk when it returns: the file and its directories are synced. A file is made in new/ and moved to
@@ -41,7 +44,8 @@
 // Sync is fdatasync(2) of a file, or the Flush of a content. A file that is closed to make room for others is synced first; an error of that is the answer of its next Sync.
 //
 // The time of a placed file moves with writes. That is not written down each time: the state says up to when it may have moved, half a
-// minute ahead, and after a crash that is its time. So it never goes back; it may be half a minute ahead.
+// minute ahead, and after a crash that is its time. So it never goes back; it may be half a minute ahead. If that cannot be written down, the disk being full, the
+// write gives the error.
 //
 // # Names in two places
 //

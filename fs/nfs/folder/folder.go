@@ -76,6 +76,7 @@ type Folder struct {
 	mu    sync.RWMutex // never held while something is synced; guards following
 	nodes map[nfs.ID]node
 	slots map[slot]*place
+	turn  uint64 // of the last move
 	made  uint64 // files made in new/
 }
 
@@ -86,6 +87,7 @@ type node struct {
 	kind   nfs.Kind
 	parent nfs.ID
 	name   string
+	turn   uint64 // another one each time that the file is moved, also if it is moved back
 }
 
 // slot is a name in a directory.

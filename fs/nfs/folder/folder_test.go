@@ -1,6 +1,7 @@
 package folder
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -92,7 +93,7 @@ var day = time.Date(2026, 11, 22, 10, 0, 0, 0, time.UTC)
 // tempDir is on a disk: there the file systems are that a folder is for.
 func tempDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/var/tmp", "holdfast-folder-")
+	dir, err := os.MkdirTemp(cmp.Or(os.Getenv("HOLDFAST_TEST_DIR"), "/var/tmp"), "holdfast-folder-")
 	if err != nil {
 		t.Fatal(err)
 	}

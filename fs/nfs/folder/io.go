@@ -187,6 +187,10 @@ func fdatasync(fd int) error {
 // fsync makes durable the files and directories that are open: contents, attributes, names.
 func fsync(fds ...int) error {
 	for i := 0; i < len(fds); {
+		if i > 0 && fds[i] == fds[i-1] {
+			i++
+			continue
+		}
 		err := unix.Fsync(fds[i])
 		if err == unix.EINTR {
 			continue

@@ -96,6 +96,10 @@ func TestOpenFiles(t *testing.T) {
 			t.Fatalf("%d: %q", i, got)
 		}
 	}
+	h, err := f.open(ids[0], 0)
+	want(t, err, 0)
+	want(t, f.Remove(ctx, lookup(t, f, "d0"), "x"), 0) // while it is in use
+	f.release(h)
 	f.Close()
 	if n := descriptorsIn(t, dir); n > 0 {
 		t.Errorf("%d descriptors after Close", n)

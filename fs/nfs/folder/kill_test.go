@@ -70,7 +70,7 @@ func workIn(f *Folder, w int) error {
 		return err
 	}
 	for {
-		a := action{kind: string("XGMMRRD"[rand.IntN(7)]), name: someName(), to: someName(), n: rand.Uint64N(8)}
+		a := action{kind: string("XGMMRRD"[rand.IntN(7)]), name: someName(), to: someName(), n: 0o600 + rand.Uint64N(8)}
 		id, err := f.Lookup(ctx, dir, a.name)
 		there := err == nil
 		if there == (a.kind == "X" || a.kind == "G") || a.name == a.to && a.kind == "R" {
@@ -98,7 +98,7 @@ func workIn(f *Folder, w int) error {
 
 // someName is rarely that of a placed file, so that those live for a while.
 func someName() string {
-	if rand.IntN(60) == 0 {
+	if rand.IntN(500) == 0 {
 		return fmt.Sprint("p", rand.IntN(3))
 	}
 	return string(rune('a' + rand.IntN(5)))

@@ -51,7 +51,10 @@ func pages(f *Folder, dir nfs.ID, size int, between func() *Folder) (list []nfs.
 
 // TestPages: 10,000 entries come once each, also when the process is killed between the pages and others come and go.
 func TestPages(t *testing.T) {
-	const n = 10_000
+	n := 10_000
+	if testing.Short() {
+		n = 2000
+	}
 	dir := tempDir(t)
 	f := mustOpen(t, dir, Options{})
 	fill(t, dir, n)
@@ -110,6 +113,9 @@ func TestListedWhileChanged(t *testing.T) {
 	for i := range 20 {
 		placed = append(placed, Placed{Path: fmt.Sprint("stay-p", i), Key: fmt.Sprint(i), Content: newDisk(1), Time: day})
 	}
+	for i := range 60 {
+		placed = append(placed, Placed{Path: fmt.Sprint("stay-q", i), Key: fmt.Sprint("q", i), Content: newDisk(1), Time: day})
+	}
 	placed = append(placed, Placed{Path: "go-p", Key: "go", Content: newDisk(1), Time: day})
 	f := mustOpen(t, dir, Options{OpenFiles: 4}, placed...)
 	for i := range 300 {
@@ -143,11 +149,20 @@ func TestListedWhileChanged(t *testing.T) {
 			}
 		}
 	})
+	wg.Go(func() { // replaces placed files by others
+		for i := 0; i < 60; i++ {
+			_, err := f.Create(ctx, f.Root(), "go-q", nfs.Creation{Guarded: true})
+			if err = errors.Join(err, f.Rename(ctx, f.Root(), "go-q", f.Root(), fmt.Sprint("stay-q", i))); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
 	var all sync.WaitGroup
 	for range 3 {
 		all.Go(func() {
-			for range 40 {
-				list, err := pages(f, f.Root(), 7, nil)
+			for range 100 {
+				list, err := pages(f, f.Root(), 50, nil)
 				stay := map[string]int{}
 				for _, e := range list {
 					if strings.HasPrefix(e.Name, "stay") {
@@ -159,7 +174,7 @@ func TestListedWhileChanged(t *testing.T) {
 						t.Errorf("%s %d times", name, n)
 					}
 				}
-				if err != nil || len(stay) != 320 {
+				if err != nil || len(stay) != 380 {
 					t.Errorf("%d listed, %v", len(stay), err)
 				}
 			}
@@ -179,6 +194,35 @@ func TestFreshListing(t *testing.T) {
 		if err != nil || len(list) != i+1 {
 			t.Fatal(len(list), err)
 		}
+	}
+}
+
+// TestLists: what is kept is bounded, and the listing of a directory that began last.
+func TestLists(t *testing.T) {
+	var l lists
+	d := nfs.ID{File: 1}
+	first, last := l.begin(), l.begin()
+	l.put(listing{dir: d, seq: last, at: day, lines: make([]line, 2)})
+	l.put(listing{dir: d, seq: first, at: day, lines: make([]line, 1)})
+	if lines, ok := l.get(d, day); !ok || len(lines) != 2 {
+		t.Error(len(lines), ok)
+	}
+	if _, ok := l.get(d, day.Add(listAge)); ok {
+		t.Error("an old one")
+	}
+	for i := range 100 {
+		l.put(listing{dir: nfs.ID{File: uint64(i)}, seq: l.begin(), at: day, lines: make([]line, i*1000)})
+		sum := 0
+		for _, x := range l.kept {
+			sum += len(x.lines)
+		}
+		if sum > maxLines || len(l.kept) > maxLists || len(l.kept) == 0 {
+			t.Fatal(sum, len(l.kept))
+		}
+	}
+	l.put(listing{dir: d, seq: l.begin(), at: day, lines: make([]line, maxLines+1)})
+	if len(l.kept) != 0 {
+		t.Error("too large a one is kept")
 	}
 }
 
@@ -234,7 +278,10 @@ func TestPlaces(t *testing.T) {
 
 // TestMany: 20,000 files in 200 directories are found again.
 func TestMany(t *testing.T) {
-	const dirs, files = 200, 100
+	dirs, files := 200, 100
+	if testing.Short() {
+		files = 10
+	}
 	dir := tempDir(t)
 	mustOpen(t, dir, Options{}).Close()
 	for i := range dirs {

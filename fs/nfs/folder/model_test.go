@@ -79,7 +79,7 @@ func (w *twin) name() string { return string(rune('a' + w.r.IntN(6))) }
 // step does one operation to both.
 func (w *twin) step() {
 	dir, name := w.dir(), w.name()
-	if w.r.IntN(4) == 0 {
+	if w.r.IntN(8) == 0 {
 		if list := slices.Sorted(func(yield func(string) bool) {
 			for p := range w.placed {
 				if !yield(p) {
@@ -355,13 +355,13 @@ func (w *twin) checkFile(dir, p, file string) error {
 
 // TestModel: whatever is done to a folder, with restarts, leaves it as the same by the os package leaves a plain directory.
 func TestModel(t *testing.T) {
-	steps := 3000
+	steps := 2000
 	if testing.Short() {
 		steps = 600
 	}
 	dir, plain := tempDir(t), tempDir(t)
 	w := &twin{t: t, r: rand.New(rand.NewPCG(1, 1)), plain: plain}
-	list := w.start(30)
+	list := w.start(60)
 	f := mustOpen(t, dir, Options{OpenFiles: 3}, list...)
 	w.use(f)
 	for i := range steps {
@@ -379,7 +379,7 @@ func TestModel(t *testing.T) {
 		}
 	}
 	removed := len(f.Removed())
-	if removed != 30-len(w.placed) {
+	if removed != 60-len(w.placed) {
 		t.Errorf("%d removed, %d left", removed, len(w.placed))
 	}
 	t.Logf("%d files and directories at the end, %d removed, %d of them placed", len(w.ids), len(w.gone), removed)

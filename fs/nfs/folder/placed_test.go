@@ -121,6 +121,36 @@ func TestPlacedAndReal(t *testing.T) {
 	}
 }
 
+// TestOrder: what Open must know of a rename that is interrupted is on the disk before a name is changed.
+func TestOrder(t *testing.T) {
+	for _, c := range []struct {
+		from, to string
+		said     func(e entry) nfs.ID
+	}{
+		{"real", "a", func(e entry) nfs.ID { return e.yields }},
+		{"a", "real", func(e entry) nfs.ID { return e.over }},
+	} {
+		dir := tempDir(t)
+		f := mustOpen(t, dir, Options{}, three()...)
+		vm := lookup(t, f, "vm")
+		real := create(t, f, vm, "real", "")
+		done := make(chan error, 1)
+		f.mu.RLock() // no name can be changed
+		go func() { done <- f.Rename(ctx, vm, c.from, vm, c.to) }()
+		said := false
+		for end := time.Now().Add(10 * time.Second); !said && time.Now().Before(end); {
+			list, err := loadState(dir)
+			want(t, errors.Join(err, second(os.Stat(dataFile(dir, "vm", "real")))), 0)
+			said = slices.ContainsFunc(list, func(e entry) bool { return e.key == "a" && c.said(e) == real })
+		}
+		f.mu.RUnlock()
+		want(t, <-done, 0)
+		if !said {
+			t.Errorf("%s to %s: nothing was said before", c.from, c.to)
+		}
+	}
+}
+
 // TestPlacedTimes: they move with writes, what is set stays, and they never go back.
 func TestPlacedTimes(t *testing.T) {
 	dir, list := tempDir(t), three()
@@ -205,6 +235,33 @@ func TestPlacedTimesParallel(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestTimeWaits: while a change of a placed file is written down its time does not move, for what is written would be behind then.
+func TestTimeWaits(t *testing.T) {
+	f := mustOpen(t, tempDir(t), Options{}, three()...)
+	id := lookup(t, f, "vm", "a")
+	want(t, second(f.WriteAt(ctx, id, []byte("a"), 0)), 0) // from now on the ceiling is high
+	before, calls := attr(t, f, id).Changed, 0
+	wrote := make(chan error, 1)
+	want(t, f.commit(edit{f.byID[id], func(e *entry) {
+		if calls++; calls > 1 {
+			return
+		}
+		go func() { wrote <- second(f.WriteAt(ctx, id, []byte("b"), 0)) }()
+		select {
+		case <-wrote:
+			t.Error("a write was answered")
+		case <-time.After(50 * time.Millisecond):
+		}
+		if now := attr(t, f, id).Changed; !now.Equal(before) {
+			t.Error("the time moved")
+		}
+	}}), 0)
+	want(t, <-wrote, 0)
+	if now := attr(t, f, id).Changed; !now.After(before) {
+		t.Error("the time stood still")
+	}
 }
 
 // TestPlacedRefused: lists of placed files that make no sense.
@@ -317,4 +374,49 @@ func FuzzState(f *testing.F) {
 			t.Error("it would be written otherwise")
 		}
 	})
+}
+
+// TestNameAlwaysThere: a name at which placed files and others replace each other is always found and listed.
+func TestNameAlwaysThere(t *testing.T) {
+	var list []Placed
+	for i := range 20 {
+		list = append(list, Placed{Path: fmt.Sprint("p", i), Key: fmt.Sprint(i), Content: newDisk(10), Time: day})
+	}
+	f := mustOpen(t, tempDir(t), Options{}, list...)
+	root := f.Root()
+	create(t, f, root, "x", "")
+	stop := make(chan bool)
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := f.Lookup(ctx, root, "x"); err != nil {
+					t.Errorf("lookup %d: %v", n, err)
+					return
+				}
+				if n%10 != 0 {
+					continue
+				}
+				found := false
+				for e, err := range f.ReadDir(ctx, root, 0) {
+					found = found || err == nil && e.Name == "x"
+				}
+				if !found {
+					t.Error("not listed")
+					return
+				}
+			}
+		})
+	}
+	for i := range list {
+		_, err := f.Create(ctx, root, "y", nfs.Creation{})
+		want(t, errors.Join(err, f.Rename(ctx, root, fmt.Sprint("p", i), root, "x"), f.Rename(ctx, root, "y", root, "x")), 0)
+	}
+	close(stop)
+	wg.Wait()
 }

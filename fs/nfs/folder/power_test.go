@@ -39,13 +39,13 @@ func run(t *testing.T, args ...string) {
 	}
 }
 
-// mountImage mounts a file. Nothing is written to it but what somebody syncs.
-func mountImage(t *testing.T, image, on string) (unmount func()) {
+// mountImage mounts a file. Nothing is written to it for a while but what somebody syncs.
+func mountImage(t *testing.T, image, on, options string) (unmount func()) {
 	t.Helper()
 	if err := os.MkdirAll(on, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	run(t, "mount", "-o", "loop,commit=3600,noatime", image, on)
+	run(t, "mount", "-o", "loop,noatime,"+options, image, on)
 	return func() {
 		if err := unix.Unmount(on, 0); err != nil {
 			t.Error(err)
@@ -59,21 +59,26 @@ func TestPowerCut(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("mounts file systems, which takes root")
 	}
-	needs(t, "mkfs.ext4", "mount", "losetup", "cp")
+	needs(t, "mkfs.ext4", "mkfs.xfs", "mount", "losetup", "cp")
+	t.Run("ext4", func(t *testing.T) { powerCut(t, 64<<20, "commit=3600", "mkfs.ext4", "-q") })
+	t.Run("xfs", func(t *testing.T) { powerCut(t, 320<<20, "nouuid", "mkfs.xfs", "-q") }) // it writes its log each 30 s
+}
+
+func powerCut(t *testing.T, size int64, options string, mkfs ...string) {
 	dir := tempDir(t)
 	image := filepath.Join(dir, "image")
-	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 64<<20)); err != nil {
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, size)); err != nil {
 		t.Fatal(err)
 	}
-	run(t, "mkfs.ext4", "-q", image)
+	run(t, append(mkfs, image)...)
 	if out, err := exec.Command("losetup", "-f").CombinedOutput(); err != nil {
 		t.Skipf("no loop devices: %s", out)
 	}
 	on := filepath.Join(dir, "mnt")
-	unmount := mountImage(t, image, on)
+	unmount := mountImage(t, image, on, options)
 	defer unmount()
 	list := three()
-	f := mustOpen(t, filepath.Join(on, "f"), Options{}, list...)
+	f := mustOpen(t, filepath.Join(on, "f"), Options{OpenFiles: 2}, list...)
 	defer f.Close()
 
 	cuts := 0
@@ -84,7 +89,7 @@ func TestPowerCut(t *testing.T) {
 		run(t, "cp", "--sparse=always", image, cut)
 		t.Run(what, func(t *testing.T) {
 			there := filepath.Join(dir, "mntcut")
-			defer mountImage(t, cut, there)()
+			defer mountImage(t, cut, there, options)()
 			g, err := Open(filepath.Join(there, "f"), list, Options{})
 			if err != nil {
 				t.Fatal(err)
@@ -155,6 +160,21 @@ func TestPowerCut(t *testing.T) {
 	want(t, f.Sync(ctx, id), 0)
 	check("sync", func(t *testing.T, f *Folder) {
 		if s := read(t, f, id); len(s) != 106 || s[100:] != "synced" {
+			t.Errorf("%q", s)
+		}
+	})
+	if _, err := f.WriteAt(ctx, id, []byte("closed"), 100); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []nfs.ID{sub, vm, lck} { // so that it is closed
+		want(t, second(f.Create(ctx, sub, "none", nfs.Creation{Exclusive: mark(9)})), 0)
+		h, err := f.open(id, 0)
+		want(t, err, 0)
+		f.release(h)
+	}
+	want(t, f.Remove(ctx, sub, "none"), 0)
+	check("close to make room", func(t *testing.T, f *Folder) {
+		if s := read(t, f, id); s[100:] != "closed" {
 			t.Errorf("%q", s)
 		}
 	})

@@ -84,7 +84,7 @@ func (f *Folder) move(a *handle, name string, b *handle, as string) (over nfs.ID
 		return over, ost, inRemoved(err)
 	}
 	f.forgetAt(over, slot{b.id, as})
-	f.nodes[id] = node{kind: kindOf(&st), parent: b.id, name: as}
+	f.put(id, &st, b.id, as)
 	return over, ost, nil
 }
 

@@ -147,8 +147,7 @@ func (f *Folder) child(dir *handle, name string) (nfs.ID, node, error) {
 	if err != nil {
 		return nfs.ID{}, node{}, absent(err)
 	}
-	n := node{kind: kindOf(&st), parent: dir.id, name: name}
-	if now, ok := f.where(id); ok && now == n {
+	if n, ok := f.where(id); ok && n.parent == dir.id && n.name == name {
 		return id, n, nil
 	}
 	// No file is renamed here while f.mu is held.
@@ -157,9 +156,15 @@ func (f *Folder) child(dir *handle, name string) (nfs.ID, node, error) {
 	if id, st, err = identify(dir.fd, name, f.mount); err != nil {
 		return nfs.ID{}, node{}, absent(err)
 	}
-	n.kind = kindOf(&st)
+	return id, f.put(id, &st, dir.id, name), nil
+}
+
+// put remembers where a file is now. f.mu is held.
+func (f *Folder) put(id nfs.ID, st *unix.Statx_t, dir nfs.ID, name string) node {
+	f.turn++
+	n := node{kind: kindOf(st), parent: dir, name: name, turn: f.turn}
 	f.nodes[id] = n
-	return id, n, nil
+	return n
 }
 
 // absent is the error for a name that identify did not like.
@@ -192,6 +197,12 @@ func (f *Folder) lookup(d *handle, name string) (nfs.ID, error) {
 		return p.id, nil
 	}
 	id, _, err := f.child(d, name)
+	if err == syscall.ENOENT {
+		// A placed file may have come and replaced what was there since it was not found.
+		if p := f.slot(d.id, name); p != nil {
+			return p.id, nil
+		}
+	}
 	return id, err
 }
 
