@@ -13,6 +13,7 @@ declare -A need=(
   [bsdtar]=libarchive-tools [unzip]=unzip [tar]=tar [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
   [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [thin_restore]=thin-provisioning-tools [busybox]=busybox-static [mkfs.btrfs]=btrfs-progs
   [btrfs]=btrfs-progs [ntfscp]=ntfs-3g [dislocker-file]=dislocker [genisoimage]=genisoimage [mkzftree]=genisoimage [xorriso]=xorriso
+  [nfs-ls]=libnfs-utils [nfs-cp]=libnfs-utils [nfs-cat]=libnfs-utils
 )
 missing=()
 for program in "${!need[@]}"; do
@@ -22,6 +23,7 @@ done
 declare -A files=(
   [/usr/lib/grub/i386-pc/boot.img]=grub-pc-bin [/usr/lib/grub/x86_64-efi/fat.mod]=grub-efi-amd64-bin
   [/usr/share/OVMF/OVMF_CODE_4M.fd]=ovmf [/usr/share/unicode/UnicodeData.txt]=unicode-data
+  [/usr/lib/x86_64-linux-gnu/qemu/block-nfs.so]=qemu-block-extra
 )
 for file in "${!files[@]}"; do
   [ -e "$file" ] || missing+=("${files[$file]}")
