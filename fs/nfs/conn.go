@@ -131,10 +131,11 @@ func (c *conn) work() {
 	defer c.workers.Done()
 	for r := c.next(); r != nil; r = c.next() {
 		c.answer(r)
+		c.out.flush()
 	}
 }
 
-// answer serves r and sends the reply.
+// answer serves r; the reply is sent by the next flush.
 func (c *conn) answer(r *request) {
 	start := time.Now()
 	r.run()
@@ -143,7 +144,7 @@ func (c *conn) answer(r *request) {
 		c.done(r)
 		return
 	}
-	c.out.send(r)
+	c.out.add(r)
 }
 
 // After quickRun calls in a row that were answered in quickTime each, such calls
@@ -170,12 +171,17 @@ func (c *conn) pace(r *request, d time.Duration) {
 	}
 }
 
+// maxPutOff bounds the replies that wait for the next ones, to go out in one write.
+const maxPutOff = 16
+
 // next reads the next call that is not answered at once; nil when there are no more.
 func (c *conn) next() *request {
 	c.waiting.Add(1)
 	c.readMu.Lock()
 	c.waiting.Add(-1)
+	defer c.out.flush() // when the next one reads already
 	defer c.readMu.Unlock()
+	putOff := 0
 	for !c.over && !c.broken.Load() {
 		r := requestPool.Get().(*request)
 		if err := c.read(r); err != nil {
@@ -188,8 +194,22 @@ func (c *conn) next() *request {
 			return r
 		}
 		c.answer(r)
+		if putOff++; putOff == maxPutOff || !c.callWaits() {
+			c.out.flush()
+			putOff = 0
+		}
 	}
 	return nil
+}
+
+// callWaits reports whether the next call has been read from the connection, so that nothing of it is to be waited for.
+func (c *conn) callWaits() bool {
+	if c.br.Buffered() < markLen {
+		return false
+	}
+	p, _ := c.br.Peek(markLen)
+	mark := be.Uint32(p)
+	return mark&lastFragment != 0 && uint32(c.br.Buffered()-markLen) >= mark&^lastFragment
 }
 
 // end stops reading, because of err.
@@ -251,7 +271,10 @@ func (c *conn) read(r *request) error {
 // hold takes the memory for a record of n bytes and a reply of that room.
 func (c *conn) hold(r *request, n int, room int64) {
 	held := bufferSize(n) + room
-	c.srv.gate.take(c.share, held)
+	if c.srv.gate.take(c.share, held) {
+		c.out.flush() // replies that are put off hold what is waited for
+		<-c.share.ready
+	}
 	r.held = held
 	r.rec = getBuffer(n)
 }

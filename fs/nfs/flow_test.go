@@ -3,6 +3,7 @@ package nfs_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -173,7 +174,11 @@ func TestShutdown(t *testing.T) {
 	}
 	addr := r.addr()
 	go func() {
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(50 * time.Millisecond)
+		for range 100 {
+			go c.Null() // is not read any more, and must not cost the replies to the others
+		}
+		time.Sleep(50 * time.Millisecond)
 		close(release)
 	}()
 	r.stop()
@@ -302,4 +307,34 @@ func TestMixedSizes(t *testing.T) {
 		off += n
 	}
 	all.Wait()
+}
+
+// TestPipelined sends many small calls at once, more than may be at work: they
+// are answered together, and none waits for a reply that has been put off.
+func TestPipelined(t *testing.T) {
+	m := nfstest.NewMemory()
+	for _, requests := range []int{1, 3, 64} {
+		r := serve(t, &nfs.Server{Limits: nfs.Limits{Requests: requests}}, share(m))
+		root := must(r.dial(nfstest.Root).Mount("/ds"))(t)
+		nc := must(net.Dial("tcp", r.addr()))(t)
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		const n = 1000
+		var calls []byte
+		for xid := range uint32(n) {
+			calls = append(calls, nfstest.Record(nfstest.CallMessage(xid, nfstest.NFS, 3, 1, nfstest.Root, new(args).Opaque(root).B))...)
+		}
+		go nc.Write(calls)
+		seen := make(map[uint32]bool)
+		for range n {
+			p, err := nfstest.ReadRecord(nc)
+			if err != nil {
+				t.Fatalf("%d at a time: %d replies, then %v", requests, len(seen), err)
+			}
+			seen[binary.BigEndian.Uint32(p)] = true
+		}
+		if len(seen) != n {
+			t.Errorf("%d at a time: %d calls were answered", requests, len(seen))
+		}
+	}
 }

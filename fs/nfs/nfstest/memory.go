@@ -25,13 +25,14 @@ type Memory struct {
 	free  []nfs.ID // of files that are gone: their numbers are used again
 	last  uint64   // File that was given
 	clock time.Time
-	syncs int
+	syncs int // that began
 }
 
 type node struct {
 	attr    nfs.Attr
 	data    []byte
 	durable []byte   // what data was at the last Sync
+	synced  int      // which one that was
 	mark    *[8]byte // of an exclusive creation
 
 	// Of a directory.
@@ -136,7 +137,7 @@ func (m *Memory) set(n *node, c nfs.Change) {
 	}
 	if c.Size != nil {
 		n.resize(*c.Size)
-		n.durable = slices.Clone(n.data)
+		n.durable, n.synced = slices.Clone(n.data), m.syncs
 		a.Modified = now
 	}
 	if c.Accessed != nil {
@@ -371,19 +372,28 @@ func (m *Memory) WriteAt(_ context.Context, file nfs.ID, p []byte, off int64) (i
 	return copy(n.data[off:], p), nil
 }
 
-// Sync implements nfs.WritableFS.
+// Sync implements nfs.WritableFS. What is written while Before has it is not durable by it.
 func (m *Memory) Sync(_ context.Context, file nfs.ID) error {
+	m.mu.Lock()
+	m.syncs++
+	turn := m.syncs
+	n, err := m.file(file)
+	var data []byte
+	if err == nil {
+		data = slices.Clone(n.data)
+	}
+	m.mu.Unlock()
 	if err := m.before("Sync", file); err != nil {
+		return err
+	}
+	if err != nil {
 		return err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.syncs++
-	n, err := m.file(file)
-	if err != nil {
-		return err
+	if turn > n.synced {
+		n.durable, n.synced = data, turn
 	}
-	n.durable = append(n.durable[:0], n.data...)
 	return nil
 }
 
