@@ -42,8 +42,10 @@ type node struct {
 	cookie uint64      // the last one
 }
 
-// maxFile bounds a file, bytes.
-const maxFile = 64 << 20
+const (
+	maxFile = 64 << 20 // bytes of a file
+	maxName = 255      // bytes of a name
+)
 
 var _ nfs.WritableFS = (*Memory)(nil)
 
@@ -362,6 +364,9 @@ func (m *Memory) WriteAt(_ context.Context, file nfs.ID, p []byte, off int64) (i
 	if err != nil {
 		return 0, err
 	}
+	if len(p) == 0 {
+		return 0, nil
+	}
 	if off > maxFile || off+int64(len(p)) > maxFile {
 		return 0, syscall.EFBIG
 	}
@@ -437,6 +442,9 @@ func (m *Memory) Create(_ context.Context, dir nfs.ID, name string, how nfs.Crea
 	if how.Set.Size != nil && *how.Set.Size > maxFile {
 		return nfs.ID{}, syscall.EFBIG
 	}
+	if len(name) > maxName {
+		return nfs.ID{}, syscall.ENAMETOOLONG
+	}
 	if id, ok := d.names[name]; ok {
 		return id, m.again(id, how)
 	}
@@ -444,7 +452,10 @@ func (m *Memory) Create(_ context.Context, dir nfs.ID, name string, how nfs.Crea
 		how.Set = nfs.Change{}
 	}
 	id, n := m.make(nfs.KindFile, how.Set)
-	n.mark = how.Exclusive
+	if how.Exclusive != nil {
+		mark := *how.Exclusive
+		n.mark = &mark
+	}
 	m.add(d, name, id)
 	return id, nil
 }
@@ -478,6 +489,9 @@ func (m *Memory) Mkdir(_ context.Context, dir nfs.ID, name string, c nfs.Change)
 	d, err := m.dir(dir)
 	if err != nil {
 		return nfs.ID{}, err
+	}
+	if len(name) > maxName {
+		return nfs.ID{}, syscall.ENAMETOOLONG
 	}
 	if _, ok := d.names[name]; ok {
 		return nfs.ID{}, syscall.EEXIST
@@ -550,6 +564,9 @@ func (m *Memory) Rename(_ context.Context, from nfs.ID, name string, to nfs.ID, 
 	}
 	if m.below(to, id) {
 		return syscall.EINVAL
+	}
+	if len(as) > maxName {
+		return syscall.ENAMETOOLONG
 	}
 	if old, ok := b.names[as]; ok {
 		if old == id {
