@@ -167,14 +167,29 @@ func TestBefore(t *testing.T) {
 	if w.Wcc.Before != nil || w.Wcc.After == nil {
 		t.Errorf("WRITE during another: %+v", w.Wcc)
 	}
+	wcc, _, err := c.Commit(f.FH, 0, 0)
+	if err != nil || wcc.Before != nil || wcc.After == nil {
+		t.Errorf("COMMIT during a WRITE: %+v, %v", wcc, err)
+	}
 	release <- struct{}{}
 	if w = <-done; w.Wcc.Before != nil || w.Wcc.After == nil {
 		t.Errorf("WRITE that another fell into: %+v", w.Wcc)
 	}
 	last = w.Wcc.After
-	wcc := must(c.Setattr(f.FH, &sattr{Mode: ptr(uint32(0o600))}, nil))(t)
+	wcc = must(c.Setattr(f.FH, &sattr{Mode: ptr(uint32(0o600))}, nil))(t)
 	checkBefore(t, "SETATTR alone again", wcc, last)
-	wcc, _, err := c.Commit(f.FH, 0, 0)
+	// A COMMIT changes nothing.
+	last = wcc.After
+	slow.Store(true)
+	go func() {
+		w, _ := c.Write(f.FH, 4, []byte("5678"), nfstest.Unstable)
+		done <- w
+	}()
+	<-entered
+	third(c.Commit(f.FH, 0, 0))
+	release <- struct{}{}
+	checkBefore(t, "WRITE during a COMMIT", (<-done).Wcc, last)
+	wcc, _, err = c.Commit(f.FH, 0, 0)
 	wants(t, "COMMIT", err, nil)
 	checkBefore(t, "COMMIT", wcc, must(c.Getattr(f.FH))(t))
 

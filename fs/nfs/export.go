@@ -125,6 +125,11 @@ func (x *Export) check() (WritableFS, error) {
 	if x.FS == nil {
 		return nil, errors.New("no file system")
 	}
+	for _, p := range x.Clients {
+		if !p.IsValid() {
+			return nil, errors.New("clients without an address")
+		}
+	}
 	w, ok := x.FS.(WritableFS)
 	if x.Writable && !ok {
 		return nil, fmt.Errorf("cannot be written: %w", syscall.EROFS)
@@ -160,6 +165,9 @@ func (s *Server) Export(x Export) error {
 	s.exports.Store(newExports(append(slices.Clone(now.byPath), e)))
 	return nil
 }
+
+// plain gives an address as exports have them: IPv4 as such, and without a zone, which no prefix contains.
+func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 
 // unmapped turns a prefix of IPv4 addresses in IPv6 into one of IPv4, as clients' addresses are.
 func unmapped(p netip.Prefix) netip.Prefix {

@@ -309,6 +309,39 @@ func TestMixedSizes(t *testing.T) {
 	all.Wait()
 }
 
+// TestWorkersLeave has a burst of calls: the goroutines that it took go away.
+func TestWorkersLeave(t *testing.T) {
+	m := nfstest.NewMemory()
+	release, entered := make(chan struct{}), make(chan struct{}, 100)
+	m.Before = func(op string, _ nfs.ID) error {
+		if op == "Space" {
+			entered <- struct{}{}
+			<-release
+		}
+		return nil
+	}
+	_, c, root := mounted(t, m)
+	before := runtime.NumGoroutine()
+	var all sync.WaitGroup
+	for range 60 {
+		all.Go(func() {
+			if _, _, err := c.Fsstat(root); err != nil {
+				t.Error(err)
+			}
+		})
+		<-entered
+	}
+	close(release)
+	all.Wait()
+	for range 200 {
+		if runtime.NumGoroutine() <= before+5 {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Errorf("%d goroutines are left, %d were before", runtime.NumGoroutine(), before)
+}
+
 // TestPipelined sends many small calls at once, more than may be at work: they
 // are answered together, and none waits for a reply that has been put off.
 func TestPipelined(t *testing.T) {

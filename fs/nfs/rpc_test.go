@@ -198,6 +198,13 @@ func TestMount(t *testing.T) {
 	if list := must(c.Dump())(t); !slices.Equal(list, want) {
 		t.Errorf("DUMP: %v", list)
 	}
+	wants(t, "Export of /", r.Export(nfs.Export{Path: "/", ID: 9, FS: m}), nil)
+	must(c.Mount("/"))(t)
+	must(c.Mount("/sub"))(t)
+	wants(t, "MNT in /", second(c.Mount("/file/x")), nfstest.NotDir)
+	wants(t, "Unexport of /", r.Unexport("/"), nil)
+	wants(t, "UMNT of /", c.Umnt("/"), nil)
+	wants(t, "UMNT of /sub", c.Umnt("/sub"), nil)
 	list := must(c.Exports())(t)
 	if len(list) != 2 || !slices.Equal(list[0], []string{"/ds"}) || !slices.Equal(list[1], []string{"/ds/sub/nested", "127.0.0.0/8", "2001:db8::/32"}) {
 		t.Errorf("EXPORT: %v", list)
@@ -358,7 +365,7 @@ func TestAddresses(t *testing.T) {
 	wants(t, "Unexport", r.Unexport("/ds"), nil)
 	wants(t, "Export", r.Export(share(m)), nil)
 	wants(t, "GETATTR when it is back", second(c.Getattr(root)), nil)
-	for _, bad := range []nfs.Export{{Path: "ds", FS: m}, {Path: "/a/../b", FS: m}, {Path: "/b"}, {Path: "/c", FS: readOnly{m}, Writable: true}} {
+	for _, bad := range []nfs.Export{{Path: "ds", FS: m}, {Path: "/a/../b", FS: m}, {Path: "/b"}, {Path: "/c", FS: readOnly{m}, Writable: true}, {Path: "/d", FS: m, Clients: make([]netip.Prefix, 1)}} {
 		if err := r.Export(bad); err == nil {
 			t.Errorf("%q was exported", bad.Path)
 		}
