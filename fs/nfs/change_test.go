@@ -293,7 +293,11 @@ func third[A, B any](_ A, _ B, err error) error { return err }
 // TestOnce sends calls again, over another connection, that must not be done twice.
 func TestOnce(t *testing.T) {
 	m := nfstest.NewMemory()
-	r, c, root := mounted(t, m)
+	var later atomic.Int64 // minutes
+	clock := func() time.Time { return time.Now().Add(time.Duration(later.Load()) * time.Minute) }
+	r := serve(t, &nfs.Server{Now: clock}, share(m))
+	c := r.dial(nfstest.Root)
+	root := must(c.Mount("/ds"))(t)
 	sub := must(c.Mkdir(root, "sub", &sattr{}))(t).FH
 	must(c.Create(root, "gone", true, &sattr{}))(t)
 	must(c.Create(root, "old", true, &sattr{}))(t)
@@ -331,6 +335,11 @@ func TestOnce(t *testing.T) {
 		differs := must(other.As(&nfstest.Cred{UID: 1}).CallAs(xid, nfstest.NFS, 3, proc, p))(t)
 		if st := binary.BigEndian.Uint32(differs.P); st == 0 {
 			t.Errorf("procedure %d: another user got the reply", proc)
+		}
+		later.Add(3)
+		forgotten := must(other.CallAs(xid, nfstest.NFS, 3, proc, p))(t)
+		if st := binary.BigEndian.Uint32(forgotten.P); st == 0 {
+			t.Errorf("procedure %d: the reply is kept for ever", proc)
 		}
 	}
 }
@@ -443,6 +452,17 @@ func TestPermissions(t *testing.T) {
 	if got := must(other.Access(d, 63))(t); got != 3 {
 		t.Errorf("ACCESS of another's directory: %#x", got)
 	}
+	must(su.Setattr(d, &sattr{Mode: ptr(uint32(0o2777)), GID: ptr(uint32(55))}, nil))(t)
+	if f := must(owner.Create(d, "of the group", true, &sattr{}))(t); f.Attr.GID != 55 || f.Attr.UID != 10 {
+		t.Errorf("a file in a set-group-ID directory is of %d:%d", f.Attr.UID, f.Attr.GID)
+	}
+	_, err := owner.Create(d, "foreign", true, &sattr{GID: ptr(uint32(56))})
+	wants(t, "a file for a foreign group", err, nfstest.Perm)
+	_, err = owner.Mkdir(d, "foreign", &sattr{GID: ptr(uint32(56))})
+	wants(t, "a directory for a foreign group", err, nfstest.Perm)
+	must(su.Create(d, "unchecked", true, &sattr{Mode: ptr(uint32(0o600)), Size: ptr(uint64(5))}))(t)
+	_, err = other.Create(d, "unchecked", false, &sattr{Size: ptr(uint64(0))})
+	wants(t, "other truncates by CREATE", err, nfstest.Access)
 	// By the other export root is nobody.
 	sq := must(su.Mount("/squash"))(t)
 	f := must(su.Create(sq, "squashed", true, &sattr{}))(t)
@@ -453,8 +473,12 @@ func TestPermissions(t *testing.T) {
 	if f.Attr.UID != 99 || f.Attr.GID != 98 {
 		t.Errorf("nobody's file is of %d:%d", f.Attr.UID, f.Attr.GID)
 	}
-	_, err := su.Setattr(f.FH, &sattr{UID: ptr(uint32(0))}, nil)
+	_, err = su.Setattr(f.FH, &sattr{UID: ptr(uint32(0))}, nil)
 	wants(t, "a squashed root's chown", err, nfstest.Perm)
+	must(su.Create(root, "of root's group", true, &sattr{Mode: ptr(uint32(0o640))}))(t)
+	rooted := must(su.As(&nfstest.Cred{UID: 5, GID: 5, Groups: []uint32{3, 0}}).Lookup(sq, "of root's group"))(t).FH
+	wants(t, "a squashed group reads", read(su.As(&nfstest.Cred{UID: 5, GID: 5, Groups: []uint32{3, 0}}), rooted), nfstest.Access)
+	wants(t, "a squashed group reads", read(su.As(&nfstest.Cred{UID: 5, GID: 0}), rooted), nfstest.Access)
 }
 
 // TestModel has 64 connections do random things, each in its own part of a file

@@ -309,6 +309,14 @@ func TestPortmap(t *testing.T) {
 		_, err := call(3, nil)
 		wantsRPC(t, proto+": GETPORT of nothing", err, nfstest.RPCError{Stat: 4})
 	}
+	silent := must(net.Dial("tcp", addr))(t)
+	defer silent.Close()
+	silent.SetDeadline(time.Now().Add(10 * time.Second))
+	silent.Write(nfstest.Record(nfstest.CallMessage(1, nfstest.Portmap, 2, 5, nil, nil)))
+	silent.Write(nfstest.Record(nfstest.CallMessage(2, nfstest.Portmap, 2, 0, nil, nil)))
+	if p := must(nfstest.ReadRecord(silent))(t); binary.BigEndian.Uint32(p) != 2 {
+		t.Error("CALLIT was answered over TCP")
+	}
 	_, err = tcp.Call(nfstest.Portmap, 4, 3, nil)
 	wantsRPC(t, "rpcbind 4", err, nfstest.RPCError{Stat: 2, Low: 2, High: 2})
 	// MOUNT over UDP; NFS is not there.
