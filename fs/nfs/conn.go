@@ -145,10 +145,6 @@ func (c *conn) answer(r *request) {
 	start := time.Now()
 	r.run()
 	c.pace(r, time.Since(start))
-	if r.msg == nil {
-		c.done(r)
-		return
-	}
 	c.out.add(r)
 }
 

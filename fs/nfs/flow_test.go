@@ -195,6 +195,30 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
+// TestServeContext ends Serve by its context.
+func TestServeContext(t *testing.T) {
+	s := &nfs.Server{}
+	if err := s.Serve(t.Context()); err == nil {
+		t.Error("Serve without Listen")
+	}
+	wants(t, "Listen", s.Listen("[::1]:0"), nil)
+	wants(t, "Export", s.Export(share(nfstest.NewMemory())), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- s.Serve(ctx) }()
+	c := must(nfstest.Dial(s.Addr().String(), nil))(t)
+	defer c.Close()
+	wants(t, "MNT over IPv6", second(c.Mount("/ds")), nil)
+	cancel()
+	wants(t, "Serve", <-done, nil)
+	if err := c.Null(); err == nil {
+		t.Error("a call after the end was answered")
+	}
+	if err := s.Listen("127.0.0.1:0"); err == nil {
+		t.Error("Listen after the end")
+	}
+}
+
 // TestCut ends calls of an FS that do not return in time.
 func TestCut(t *testing.T) {
 	m := nfstest.NewMemory()

@@ -200,13 +200,13 @@ func (r *request) umntall() {
 // exportList shows a client what it may use. The groups are who may.
 func (r *request) exportList() {
 	for _, e := range r.srv.exports.Load().byPath {
-		size := 24 + len(e.Path) + len(e.Clients)*(8+len("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128"))
+		size := 24 + len(e.Path) + len(e.allowed)*(8+len("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128"))
 		if !e.allows(r.addr) || len(r.w.b)+size > r.maxList() {
 			continue
 		}
 		r.w.boolean(true)
 		r.w.str(e.Path)
-		for _, p := range e.Clients {
+		for _, p := range e.allowed {
 			r.w.boolean(true)
 			r.w.str(p.String())
 		}
