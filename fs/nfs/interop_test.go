@@ -233,11 +233,12 @@ func TestQemuRestart(t *testing.T) {
 	}
 	defer cmd.Wait()
 	defer in.Close()
+	// A line that comes before the prompt would wait in the buffer of stdin for ever.
 	do := func(line, want string) {
 		t.Helper()
-		io.WriteString(in, line+"\n")
+		io.WriteString(in, line)
 		var got []byte
-		for p := make([]byte, 1000); !bytes.Contains(got, []byte(want)); {
+		for p := make([]byte, 1000); !bytes.Contains(got, []byte(want)) || !bytes.HasSuffix(got, []byte("qemu-io> ")); {
 			n, err := out.Read(p)
 			if got = append(got, p[:n]...); err != nil {
 				t.Fatalf("%s: %v\n%s", line, err, got)
@@ -247,13 +248,14 @@ func TestQemuRestart(t *testing.T) {
 			}
 		}
 	}
-	do("write -P 17 4096 8192", "wrote 8192/8192")
-	do("flush", "")
+	do("", "")
+	do("write -P 17 4096 8192\n", "wrote 8192/8192")
+	do("flush\n", "")
 	for range 3 {
 		first.stop()
 		first = onStandardPorts(t, m)
-		do("read -P 17 4096 8192", "read 8192/8192")
-		do("write -P 17 4096 8192", "wrote 8192/8192")
+		do("read -P 17 4096 8192\n", "read 8192/8192")
+		do("write -P 17 4096 8192\n", "wrote 8192/8192")
 		if st, err := first.Stats("/ds"); err != nil || st.Ops["READ"] == 0 || st.Ops["WRITE"] == 0 {
 			t.Errorf("the new server did not do it: %+v, %v", st, err)
 		}
