@@ -291,10 +291,11 @@ func TestTooMany(t *testing.T) {
 	a.Close()
 	for range 200 {
 		if c := r.dial(nil); c.Null() == nil {
-			r.log.drop()
+			r.log.take("too many connections")
 			return
 		}
 		time.Sleep(5 * time.Millisecond)
+		r.log.has(t, "too many connections")
 	}
 	t.Error("no room after one has gone")
 }
