@@ -15,14 +15,12 @@ type mountStat uint32
 
 const (
 	mountOK          mountStat = 0
-	mountPerm        mountStat = 1
 	mountNoEnt       mountStat = 2
 	mountIO          mountStat = 5
 	mountAccess      mountStat = 13
 	mountNotDir      mountStat = 20
 	mountInval       mountStat = 22
 	mountNameTooLong mountStat = 63
-	mountNotSupp     mountStat = 10004
 	mountFault       mountStat = 10006
 )
 
@@ -153,7 +151,7 @@ func (r *request) walk(rest string) (ID, mountStat) {
 // mountStatus says in the words of MOUNT how a look went.
 func (r *request) mountStatus(err error) mountStat {
 	switch st := r.status(err); st {
-	case statOK, statPerm, statNoEnt, statAccess, statNotDir, statInval, statNameTooLong, statNotSupp:
+	case statPerm, statNoEnt, statAccess, statNotDir, statInval, statNameTooLong, statNotSupp:
 		return mountStat(st) // the same numbers
 	case statStale:
 		return mountNoEnt
