@@ -13,6 +13,7 @@ declare -A need=(
   [bsdtar]=libarchive-tools [unzip]=unzip [tar]=tar [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
   [mdadm]=mdadm [cryptsetup]=cryptsetup-bin [thin_restore]=thin-provisioning-tools [busybox]=busybox-static [mkfs.btrfs]=btrfs-progs
   [btrfs]=btrfs-progs [ntfscp]=ntfs-3g [dislocker-file]=dislocker [genisoimage]=genisoimage [mkzftree]=genisoimage [xorriso]=xorriso
+  [nfs-ls]=libnfs-utils [nfs-cp]=libnfs-utils [nfs-cat]=libnfs-utils
 )
 missing=()
 for program in "${!need[@]}"; do

@@ -119,11 +119,3 @@ func (d *decoder) time() time.Time {
 	sec, nsec := d.u32(), d.u32()
 	return time.Unix(int64(sec), int64(nsec))
 }
-
-// sameTime compares as clients see times.
-func sameTime(a, b time.Time) bool {
-	var x, y encoder
-	x.time(a)
-	y.time(b)
-	return string(x.b) == string(y.b)
-}

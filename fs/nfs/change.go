@@ -9,34 +9,42 @@ import "sync"
 type changes struct {
 	mu sync.Mutex
 	// guards following
-	files map[ID]change // of those that are being changed
+	files map[ID]change // of those that are watched
 }
 
 type change struct {
-	now   int    // at work
-	began uint64 // since there was none at work
+	open  int    // watches
+	now   int    // changes at work
+	began uint64 // changes since there was no watch
 }
 
-// begin notes a change, and whether it is alone; its number is for end.
-func (c *changes) begin(id ID) (alone bool, number uint64) {
+// begin starts to watch a file, for a change or only to see those of others.
+// It says whether a change is at work already; its number is for end.
+func (c *changes) begin(id ID, isChange bool) (alone bool, number uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	ch := c.files[id]
 	alone = ch.now == 0
-	ch.now++
-	ch.began++
+	ch.open++
+	if isChange {
+		ch.now++
+		ch.began++
+	}
 	c.files[id] = ch
 	return alone, ch.began
 }
 
-// end notes that a change is over, and whether none began after it.
-func (c *changes) end(id ID, number uint64) (last bool) {
+// end stops to watch, and says whether no change began after begin.
+func (c *changes) end(id ID, isChange bool, number uint64) (last bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	ch := c.files[id]
 	last = ch.began == number
-	ch.now--
-	if ch.now == 0 {
+	ch.open--
+	if isChange {
+		ch.now--
+	}
+	if ch.open == 0 {
 		delete(c.files, id)
 	} else {
 		c.files[id] = ch
@@ -46,11 +54,12 @@ func (c *changes) end(id ID, number uint64) (last bool) {
 
 // A watch is a file that a request changes.
 type watch struct {
-	id     ID
-	before known
-	alone  bool
-	number uint64
-	open   bool // begun and not ended
+	id      ID
+	before  known
+	changes bool // else it only looks whether others do
+	alone   bool
+	number  uint64
+	open    bool // begun and not ended
 }
 
 // change opens a file that is to be changed. The watch is to be given to wcc, whatever the status.
@@ -60,6 +69,7 @@ func (r *request) change(fh []byte) (*watch, status) {
 	if st != statOK {
 		return w, st
 	}
+	w.changes = true
 	return w, r.begin(w, id)
 }
 
@@ -70,12 +80,23 @@ func (r *request) changeToo(fh []byte) (*watch, status) {
 	if st != statOK {
 		return w, st
 	}
+	w.changes = true
+	return w, r.begin(w, id)
+}
+
+// watch opens a file of which the attributes before are to be told, though the request does not change them.
+func (r *request) watch(fh []byte) (*watch, status) {
+	w := &r.watches[0]
+	id, st := r.open(fh)
+	if st != statOK {
+		return w, st
+	}
 	return w, r.begin(w, id)
 }
 
 func (r *request) begin(w *watch, id ID) status {
 	w.id, w.open = id, true
-	w.alone, w.number = r.e.changes.begin(id)
+	w.alone, w.number = r.e.changes.begin(id, w.changes)
 	var err error
 	if w.before.Attr, err = r.e.FS.Attr(r.ctx, id); err != nil {
 		return r.status(err)
@@ -105,10 +126,9 @@ func (r *request) wcc(w *watch) {
 	r.postAttr(w.id, &known{after, err == nil})
 }
 
-// end stops watching, and says whether the attributes before are those before
-// this change alone. When a request changes one file by two handles, both see it as theirs.
+// end stops watching, and says whether no change of others fell into the time of the request.
 func (r *request) end(w *watch) bool {
 	w.open = false
-	last := r.e.changes.end(w.id, w.number)
+	last := r.e.changes.end(w.id, w.changes, w.number)
 	return last && w.alone && w.before.ok
 }

@@ -83,43 +83,51 @@ func TestSyncError(t *testing.T) {
 // which began after the writes that it is to cover.
 func TestSharedSync(t *testing.T) {
 	m := nfstest.NewMemory()
-	gate := make(chan struct{})
-	entered := make(chan struct{}, 100)
-	m.Before = func(op string, _ nfs.ID) error {
+	var file nfs.ID
+	gate, entered := make(chan struct{}), make(chan struct{}, 100)
+	m.Before = func(op string, id nfs.ID) error {
 		if op == "Sync" {
 			entered <- struct{}{}
-			<-gate
+			if id == file {
+				<-gate
+			}
 		}
 		return nil
 	}
 	_, c, root := mounted(t, m)
 	fh := must(c.Create(root, "f", false, &sattr{}))(t).FH
+	file = must(m.Lookup(t.Context(), m.Root(), "f"))(t)
 	other := must(c.Create(root, "g", false, &sattr{}))(t).FH
 	var all sync.WaitGroup
-	write := func(fh nfstest.FH, i int) {
+	var answered atomic.Int32
+	write := func(i int) {
 		all.Go(func() {
 			if _, err := c.Write(fh, uint64(i), []byte{byte(i + 1)}, nfstest.FileSync); err != nil {
 				t.Error(err)
 			}
+			answered.Add(1)
 		})
 	}
-	write(fh, 0)
+	write(0)
 	<-entered // the first Sync is at work
 	for i := range 30 {
-		write(fh, i+1)
+		write(i + 1)
 	}
-	write(other, 0)
-	<-entered // another file does not wait
-	for {     // until all of them are written
-		if a := must(c.Getattr(fh))(t); a.Size == 31 {
-			break
-		}
+	for must(c.Getattr(fh))(t).Size != 31 { // until all of them are written
 		time.Sleep(time.Millisecond)
 	}
+	must(c.Write(other, 0, []byte("1"), nfstest.FileSync))(t) // another file does not wait
+	<-entered
 	time.Sleep(50 * time.Millisecond)
+	gate <- struct{}{}
+	<-entered // the second Sync, for all the others
+	time.Sleep(50 * time.Millisecond)
+	if n := answered.Load(); n != 1 {
+		t.Errorf("%d writes were answered when one was durable", n)
+	}
 	close(gate)
 	all.Wait()
-	if n := m.Syncs(); n < 3 || n > 6 {
+	if n := m.Syncs(); n > 6 {
 		t.Errorf("%d calls of Sync for 32 writes", n)
 	}
 	m.Crash()
@@ -159,14 +167,29 @@ func TestBefore(t *testing.T) {
 	if w.Wcc.Before != nil || w.Wcc.After == nil {
 		t.Errorf("WRITE during another: %+v", w.Wcc)
 	}
+	wcc, _, err := c.Commit(f.FH, 0, 0)
+	if err != nil || wcc.Before != nil || wcc.After == nil {
+		t.Errorf("COMMIT during a WRITE: %+v, %v", wcc, err)
+	}
 	release <- struct{}{}
 	if w = <-done; w.Wcc.Before != nil || w.Wcc.After == nil {
 		t.Errorf("WRITE that another fell into: %+v", w.Wcc)
 	}
 	last = w.Wcc.After
-	wcc := must(c.Setattr(f.FH, &sattr{Mode: ptr(uint32(0o600))}, nil))(t)
+	wcc = must(c.Setattr(f.FH, &sattr{Mode: ptr(uint32(0o600))}, nil))(t)
 	checkBefore(t, "SETATTR alone again", wcc, last)
-	wcc, _, err := c.Commit(f.FH, 0, 0)
+	// A COMMIT changes nothing.
+	last = wcc.After
+	slow.Store(true)
+	go func() {
+		w, _ := c.Write(f.FH, 4, []byte("5678"), nfstest.Unstable)
+		done <- w
+	}()
+	<-entered
+	third(c.Commit(f.FH, 0, 0))
+	release <- struct{}{}
+	checkBefore(t, "WRITE during a COMMIT", (<-done).Wcc, last)
+	wcc, _, err = c.Commit(f.FH, 0, 0)
 	wants(t, "COMMIT", err, nil)
 	checkBefore(t, "COMMIT", wcc, must(c.Getattr(f.FH))(t))
 
@@ -270,7 +293,11 @@ func third[A, B any](_ A, _ B, err error) error { return err }
 // TestOnce sends calls again, over another connection, that must not be done twice.
 func TestOnce(t *testing.T) {
 	m := nfstest.NewMemory()
-	r, c, root := mounted(t, m)
+	var later atomic.Int64 // minutes
+	clock := func() time.Time { return time.Now().Add(time.Duration(later.Load()) * time.Minute) }
+	r := serve(t, &nfs.Server{Now: clock}, share(m))
+	c := r.dial(nfstest.Root)
+	root := must(c.Mount("/ds"))(t)
 	sub := must(c.Mkdir(root, "sub", &sattr{}))(t).FH
 	must(c.Create(root, "gone", true, &sattr{}))(t)
 	must(c.Create(root, "old", true, &sattr{}))(t)
@@ -308,6 +335,11 @@ func TestOnce(t *testing.T) {
 		differs := must(other.As(&nfstest.Cred{UID: 1}).CallAs(xid, nfstest.NFS, 3, proc, p))(t)
 		if st := binary.BigEndian.Uint32(differs.P); st == 0 {
 			t.Errorf("procedure %d: another user got the reply", proc)
+		}
+		later.Add(3)
+		forgotten := must(other.CallAs(xid, nfstest.NFS, 3, proc, p))(t)
+		if st := binary.BigEndian.Uint32(forgotten.P); st == 0 {
+			t.Errorf("procedure %d: the reply is kept for ever", proc)
 		}
 	}
 }
@@ -420,6 +452,17 @@ func TestPermissions(t *testing.T) {
 	if got := must(other.Access(d, 63))(t); got != 3 {
 		t.Errorf("ACCESS of another's directory: %#x", got)
 	}
+	must(su.Setattr(d, &sattr{Mode: ptr(uint32(0o2777)), GID: ptr(uint32(55))}, nil))(t)
+	if f := must(owner.Create(d, "of the group", true, &sattr{}))(t); f.Attr.GID != 55 || f.Attr.UID != 10 {
+		t.Errorf("a file in a set-group-ID directory is of %d:%d", f.Attr.UID, f.Attr.GID)
+	}
+	_, err := owner.Create(d, "foreign", true, &sattr{GID: ptr(uint32(56))})
+	wants(t, "a file for a foreign group", err, nfstest.Perm)
+	_, err = owner.Mkdir(d, "foreign", &sattr{GID: ptr(uint32(56))})
+	wants(t, "a directory for a foreign group", err, nfstest.Perm)
+	must(su.Create(d, "unchecked", true, &sattr{Mode: ptr(uint32(0o600)), Size: ptr(uint64(5))}))(t)
+	_, err = other.Create(d, "unchecked", false, &sattr{Size: ptr(uint64(0))})
+	wants(t, "other truncates by CREATE", err, nfstest.Access)
 	// By the other export root is nobody.
 	sq := must(su.Mount("/squash"))(t)
 	f := must(su.Create(sq, "squashed", true, &sattr{}))(t)
@@ -430,8 +473,12 @@ func TestPermissions(t *testing.T) {
 	if f.Attr.UID != 99 || f.Attr.GID != 98 {
 		t.Errorf("nobody's file is of %d:%d", f.Attr.UID, f.Attr.GID)
 	}
-	_, err := su.Setattr(f.FH, &sattr{UID: ptr(uint32(0))}, nil)
+	_, err = su.Setattr(f.FH, &sattr{UID: ptr(uint32(0))}, nil)
 	wants(t, "a squashed root's chown", err, nfstest.Perm)
+	must(su.Create(root, "of root's group", true, &sattr{Mode: ptr(uint32(0o640))}))(t)
+	rooted := must(su.As(&nfstest.Cred{UID: 5, GID: 5, Groups: []uint32{3, 0}}).Lookup(sq, "of root's group"))(t).FH
+	wants(t, "a squashed group reads", read(su.As(&nfstest.Cred{UID: 5, GID: 5, Groups: []uint32{3, 0}}), rooted), nfstest.Access)
+	wants(t, "a squashed group reads", read(su.As(&nfstest.Cred{UID: 5, GID: 0}), rooted), nfstest.Access)
 }
 
 // TestModel has 64 connections do random things, each in its own part of a file

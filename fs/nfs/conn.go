@@ -29,14 +29,14 @@ type conn struct {
 	broken   atomic.Bool            // replies cannot be sent any more
 	used     atomic.Pointer[export] // the last one; all of them know the connection
 	waiting  atomic.Int32           // workers that want to read
+	started  atomic.Int32           // workers
 	quick    atomic.Int32           // calls in a row
 	workers  sync.WaitGroup
 
 	readMu sync.Mutex
 	// guards following
-	br      *bufio.Reader
-	over    bool // nothing more is read
-	started int  // workers
+	br   *bufio.Reader
+	over bool // nothing more is read
 
 	out sender
 }
@@ -44,7 +44,7 @@ type conn struct {
 func newConn(s *Server, programs []*program, nc net.Conn) *conn {
 	c := &conn{srv: s, programs: programs, nc: nc, ended: make(chan struct{}), share: newShare(), br: bufio.NewReaderSize(nc, 16<<10)}
 	if a, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
-		c.addr = a.AddrPort().Addr().Unmap()
+		c.addr = plain(a.AddrPort().Addr())
 	}
 	c.out.c = c
 	return c
@@ -52,8 +52,7 @@ func newConn(s *Server, programs []*program, nc net.Conn) *conn {
 
 // run serves the client to the end.
 func (c *conn) run() {
-	c.started = 1
-	c.workers.Add(1)
+	c.start()
 	c.work()
 	c.workers.Wait()
 	if c.draining.Load() {
@@ -66,6 +65,11 @@ func (c *conn) run() {
 		delete(e.conns, c)
 		e.mu.Unlock()
 	}
+}
+
+func (c *conn) start() {
+	c.started.Add(1)
+	c.workers.Add(1)
 }
 
 // partTime is for the client to take the last replies.
@@ -129,21 +133,19 @@ func (c *conn) done(r *request) {
 
 func (c *conn) work() {
 	defer c.workers.Done()
+	defer c.started.Add(-1)
 	for r := c.next(); r != nil; r = c.next() {
 		c.answer(r)
+		c.out.flush()
 	}
 }
 
-// answer serves r and sends the reply.
+// answer serves r; the reply is sent by the next flush.
 func (c *conn) answer(r *request) {
 	start := time.Now()
 	r.run()
 	c.pace(r, time.Since(start))
-	if r.msg == nil {
-		c.done(r)
-		return
-	}
-	c.out.send(r)
+	c.out.add(r)
 }
 
 // After quickRun calls in a row that were answered in quickTime each, such calls
@@ -170,12 +172,37 @@ func (c *conn) pace(r *request, d time.Duration) {
 	}
 }
 
-// next reads the next call that is not answered at once; nil when there are no more.
+// maxPutOff bounds the replies that wait for the next ones, to go out in one write.
+const maxPutOff = 16
+
+// maxIdle is how many workers wait for their turn to read; more of them leave.
+const maxIdle = 4
+
+// stay counts a worker that waits to read, unless there are enough: one that
+// leaves must never be counted, handOver relies on those who are.
+func (c *conn) stay() bool {
+	for {
+		n := c.waiting.Load()
+		if n >= maxIdle {
+			return false
+		}
+		if c.waiting.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// next reads the next call that is not answered at once; nil when there are no
+// more, or others are there to read them.
 func (c *conn) next() *request {
-	c.waiting.Add(1)
+	if !c.stay() {
+		return nil
+	}
 	c.readMu.Lock()
 	c.waiting.Add(-1)
+	defer c.out.flush() // when the next one reads already
 	defer c.readMu.Unlock()
+	putOff := 0
 	for !c.over && !c.broken.Load() {
 		r := requestPool.Get().(*request)
 		if err := c.read(r); err != nil {
@@ -188,8 +215,22 @@ func (c *conn) next() *request {
 			return r
 		}
 		c.answer(r)
+		if putOff++; putOff == maxPutOff || !c.callWaits() {
+			c.out.flush()
+			putOff = 0
+		}
 	}
 	return nil
+}
+
+// callWaits reports whether the next call has been read from the connection, so that nothing of it is to be waited for.
+func (c *conn) callWaits() bool {
+	if c.br.Buffered() < markLen {
+		return false
+	}
+	p, _ := c.br.Peek(markLen)
+	mark := be.Uint32(p)
+	return mark&lastFragment != 0 && uint32(c.br.Buffered()-markLen) >= mark&^lastFragment
 }
 
 // end stops reading, because of err.
@@ -202,9 +243,8 @@ func (c *conn) end(err error) {
 
 // handOver makes sure that somebody reads the next call.
 func (c *conn) handOver() {
-	if c.waiting.Load() == 0 && c.started < c.srv.Limits.Requests {
-		c.started++
-		c.workers.Add(1)
+	if c.waiting.Load() == 0 && int(c.started.Load()) < c.srv.Limits.Requests {
+		c.start()
 		go c.work()
 	}
 }
@@ -251,7 +291,10 @@ func (c *conn) read(r *request) error {
 // hold takes the memory for a record of n bytes and a reply of that room.
 func (c *conn) hold(r *request, n int, room int64) {
 	held := bufferSize(n) + room
-	c.srv.gate.take(c.share, held)
+	if c.srv.gate.take(c.share, held) {
+		c.out.flush() // replies that are put off hold what is waited for
+		<-c.share.ready
+	}
 	r.held = held
 	r.rec = getBuffer(n)
 }

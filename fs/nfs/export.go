@@ -39,8 +39,9 @@ var (
 // An export is one that is served.
 type export struct {
 	Export
-	writable WritableFS    // nil for a read-only one
-	verifier atomic.Uint64 // of writes, RFC 1813 §3.3.7
+	allowed  []netip.Prefix // Clients, or this machine
+	writable WritableFS     // nil for a read-only one
+	verifier atomic.Uint64  // of writes, RFC 1813 §3.3.7
 	changes  changes
 	syncs    syncs
 	guard    sync.Mutex // held while a guarded SETATTR is at work
@@ -69,10 +70,7 @@ func (e *export) enter() bool {
 func (e *export) leave() { e.use.RUnlock() }
 
 func (e *export) allows(addr netip.Addr) bool {
-	if len(e.Clients) == 0 {
-		return addr.IsLoopback()
-	}
-	for _, p := range e.Clients {
+	for _, p := range e.allowed {
 		if p.Contains(addr) {
 			return true
 		}
@@ -125,6 +123,11 @@ func (x *Export) check() (WritableFS, error) {
 	if x.FS == nil {
 		return nil, errors.New("no file system")
 	}
+	for _, p := range x.Clients {
+		if !p.IsValid() {
+			return nil, errors.New("clients without an address")
+		}
+	}
 	w, ok := x.FS.(WritableFS)
 	if x.Writable && !ok {
 		return nil, fmt.Errorf("cannot be written: %w", syscall.EROFS)
@@ -142,11 +145,15 @@ func (s *Server) Export(x Export) error {
 		return fmt.Errorf("nfs: export %q: %w", x.Path, err)
 	}
 	x.Clients = slices.Clone(x.Clients)
-	for i, p := range x.Clients {
-		x.Clients[i] = unmapped(p)
+	var allowed []netip.Prefix
+	for _, p := range x.Clients {
+		allowed = append(allowed, unmapped(p))
+	}
+	if len(allowed) == 0 {
+		allowed = thisMachine
 	}
 	x.AnonUID, x.AnonGID = orDefault(x.AnonUID, nobody), orDefault(x.AnonGID, nobody)
-	e := &export{Export: x, writable: w, conns: make(map[*conn]bool)}
+	e := &export{Export: x, allowed: allowed, writable: w, conns: make(map[*conn]bool)}
 	e.verifier.Store(newVerifier())
 	e.changes.files, e.syncs.files = make(map[ID]change), make(map[ID]*syncing)
 
@@ -160,6 +167,11 @@ func (s *Server) Export(x Export) error {
 	s.exports.Store(newExports(append(slices.Clone(now.byPath), e)))
 	return nil
 }
+
+var thisMachine = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+
+// plain gives an address as exports have them: IPv4 as such, and without a zone, which no prefix contains.
+func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 
 // unmapped turns a prefix of IPv4 addresses in IPv6 into one of IPv4, as clients' addresses are.
 func unmapped(p netip.Prefix) netip.Prefix {

@@ -3,6 +3,7 @@ package nfs_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -173,7 +174,11 @@ func TestShutdown(t *testing.T) {
 	}
 	addr := r.addr()
 	go func() {
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(50 * time.Millisecond)
+		for range 100 {
+			go c.Null() // is not read any more, and must not cost the replies to the others
+		}
+		time.Sleep(50 * time.Millisecond)
 		close(release)
 	}()
 	r.stop()
@@ -187,6 +192,30 @@ func TestShutdown(t *testing.T) {
 	c = again.dial(nfstest.Root)
 	if d := must(c.Read(fh, 0, 10))(t); len(d.P) != 10 {
 		t.Error("the handle is of another file now")
+	}
+}
+
+// TestServeContext ends Serve by its context.
+func TestServeContext(t *testing.T) {
+	s := &nfs.Server{}
+	if err := s.Serve(t.Context()); err == nil {
+		t.Error("Serve without Listen")
+	}
+	wants(t, "Listen", s.Listen("[::1]:0"), nil)
+	wants(t, "Export", s.Export(share(nfstest.NewMemory())), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- s.Serve(ctx) }()
+	c := must(nfstest.Dial(s.Addr().String(), nil))(t)
+	defer c.Close()
+	wants(t, "MNT over IPv6", second(c.Mount("/ds")), nil)
+	cancel()
+	wants(t, "Serve", <-done, nil)
+	if err := c.Null(); err == nil {
+		t.Error("a call after the end was answered")
+	}
+	if err := s.Listen("127.0.0.1:0"); err == nil {
+		t.Error("Listen after the end")
 	}
 }
 
@@ -262,10 +291,11 @@ func TestTooMany(t *testing.T) {
 	a.Close()
 	for range 200 {
 		if c := r.dial(nil); c.Null() == nil {
-			r.log.drop()
+			r.log.take("too many connections")
 			return
 		}
 		time.Sleep(5 * time.Millisecond)
+		r.log.has(t, "too many connections")
 	}
 	t.Error("no room after one has gone")
 }
@@ -302,4 +332,67 @@ func TestMixedSizes(t *testing.T) {
 		off += n
 	}
 	all.Wait()
+}
+
+// TestWorkersLeave has a burst of calls: the goroutines that it took go away.
+func TestWorkersLeave(t *testing.T) {
+	m := nfstest.NewMemory()
+	release, entered := make(chan struct{}), make(chan struct{}, 100)
+	m.Before = func(op string, _ nfs.ID) error {
+		if op == "Space" {
+			entered <- struct{}{}
+			<-release
+		}
+		return nil
+	}
+	_, c, root := mounted(t, m)
+	before := runtime.NumGoroutine()
+	var all sync.WaitGroup
+	for range 60 {
+		all.Go(func() {
+			if _, _, err := c.Fsstat(root); err != nil {
+				t.Error(err)
+			}
+		})
+		<-entered
+	}
+	close(release)
+	all.Wait()
+	for range 200 {
+		if runtime.NumGoroutine() <= before+5 {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Errorf("%d goroutines are left, %d were before", runtime.NumGoroutine(), before)
+}
+
+// TestPipelined sends many small calls at once, more than may be at work: they
+// are answered together, and none waits for a reply that has been put off.
+func TestPipelined(t *testing.T) {
+	m := nfstest.NewMemory()
+	for _, requests := range []int{1, 3, 64} {
+		r := serve(t, &nfs.Server{Limits: nfs.Limits{Requests: requests}}, share(m))
+		root := must(r.dial(nfstest.Root).Mount("/ds"))(t)
+		nc := must(net.Dial("tcp", r.addr()))(t)
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		const n = 1000
+		var calls []byte
+		for xid := range uint32(n) {
+			calls = append(calls, nfstest.Record(nfstest.CallMessage(xid, nfstest.NFS, 3, 1, nfstest.Root, new(args).Opaque(root).B))...)
+		}
+		go nc.Write(calls)
+		seen := make(map[uint32]bool)
+		for range n {
+			p, err := nfstest.ReadRecord(nc)
+			if err != nil {
+				t.Fatalf("%d at a time: %d replies, then %v", requests, len(seen), err)
+			}
+			seen[binary.BigEndian.Uint32(p)] = true
+		}
+		if len(seen) != n {
+			t.Errorf("%d at a time: %d calls were answered", requests, len(seen))
+		}
+	}
 }

@@ -228,3 +228,24 @@ func FuzzArgs(f *testing.F) {
 		r.free()
 	})
 }
+
+// TestCutOff cuts the arguments of every procedure off at every length: they are
+// garbage up to where they are whole.
+func TestCutOff(t *testing.T) {
+	s := tinyServer(t)
+	for proc := range uint32(22) {
+		whole := proc == 0
+		for n := range len(seedArgs(proc)) + 1 {
+			r := request{srv: s, ctx: s.base, addr: netip.MustParseAddr("127.0.0.1"), programs: allPrograms}
+			r.call = call{rpcVers: rpcVersion, prog: progNFS, vers: versNFS, proc: proc, cred: cred{known: true}}
+			r.args.p = seedArgs(proc)[:n]
+			r.run()
+			garbage := r.how == acceptGarbageArgs
+			if garbage && (whole || n == len(seedArgs(proc))) || !garbage && n == 0 && proc > 0 {
+				t.Errorf("%s with %d bytes of arguments: garbage %v", r.procName(), n, garbage)
+			}
+			whole = !garbage
+			r.free()
+		}
+	}
+}

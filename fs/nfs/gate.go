@@ -36,16 +36,13 @@ type share struct {
 
 func newShare() *share { return &share{ready: make(chan struct{}, 1)} }
 
-// take waits until a request of n bytes may go on. A share is taken for by one goroutine at a time.
-func (g *gate) take(s *share, n int64) {
+// take asks for a request of n bytes. When it must wait, it may go on when ready
+// was sent to. A share is taken for by one goroutine at a time.
+func (g *gate) take(s *share, n int64) (mustWait bool) {
 	g.mu.Lock()
+	defer g.mu.Unlock()
 	s.want = n
-	g.try(s)
-	waits := s.want != 0
-	g.mu.Unlock()
-	if waits {
-		<-s.ready
-	}
+	return !g.try(s)
 }
 
 // give gives back what a request took.

@@ -15,14 +15,12 @@ type mountStat uint32
 
 const (
 	mountOK          mountStat = 0
-	mountPerm        mountStat = 1
 	mountNoEnt       mountStat = 2
 	mountIO          mountStat = 5
 	mountAccess      mountStat = 13
 	mountNotDir      mountStat = 20
 	mountInval       mountStat = 22
 	mountNameTooLong mountStat = 63
-	mountNotSupp     mountStat = 10004
 	mountFault       mountStat = 10006
 )
 
@@ -153,7 +151,7 @@ func (r *request) walk(rest string) (ID, mountStat) {
 // mountStatus says in the words of MOUNT how a look went.
 func (r *request) mountStatus(err error) mountStat {
 	switch st := r.status(err); st {
-	case statOK, statPerm, statNoEnt, statAccess, statNotDir, statInval, statNameTooLong, statNotSupp:
+	case statPerm, statNoEnt, statAccess, statNotDir, statInval, statNameTooLong, statNotSupp:
 		return mountStat(st) // the same numbers
 	case statStale:
 		return mountNoEnt
@@ -200,13 +198,13 @@ func (r *request) umntall() {
 // exportList shows a client what it may use. The groups are who may.
 func (r *request) exportList() {
 	for _, e := range r.srv.exports.Load().byPath {
-		size := 24 + len(e.Path) + len(e.Clients)*(8+len("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128"))
+		size := 24 + len(e.Path) + len(e.allowed)*(8+len("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128"))
 		if !e.allows(r.addr) || len(r.w.b)+size > r.maxList() {
 			continue
 		}
 		r.w.boolean(true)
 		r.w.str(e.Path)
-		for _, p := range e.Clients {
+		for _, p := range e.allowed {
 			r.w.boolean(true)
 			r.w.str(p.String())
 		}

@@ -145,6 +145,7 @@ func (r *request) createFile(dir *watch, name string, how Creation, s *sattr) (I
 // openThere is for an unchecked creation of a file that is there: its size alone is set (RFC 1813 §3.3.8).
 func (r *request) openThere(id ID, s *sattr) (ID, status) {
 	file := &r.watches[1]
+	file.changes = s.Size != nil
 	if st := r.begin(file, id); st != statOK {
 		return id, st
 	}

@@ -2,9 +2,11 @@ package nfs_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -356,4 +358,53 @@ func TestWhole(t *testing.T) {
 	if p := must(c.Pathconf(root))(t); p != (nfstest.Conf{LinkMax: 32000, NameMax: 255, NoTrunc: true, ChownRestricted: true, CasePreserving: true}) {
 		t.Errorf("PATHCONF: %+v", p)
 	}
+}
+
+// odd breaks the promises of an FS.
+type odd struct {
+	*nfstest.Memory
+	read    int   // bytes that ReadAt gives
+	readErr error // with them
+	cookie  uint64
+}
+
+func (o *odd) ReadAt(context.Context, nfs.ID, []byte, int64) (int, error) { return o.read, o.readErr }
+
+func (o *odd) WriteAt(_ context.Context, _ nfs.ID, p []byte, _ int64) (int, error) {
+	return len(p) - 1, nil
+}
+
+func (o *odd) ReadDir(context.Context, nfs.ID, uint64) iter.Seq2[nfs.Entry, error] {
+	return func(yield func(nfs.Entry, error) bool) {
+		yield(nfs.Entry{Name: "f", ID: o.Root(), Cookie: o.cookie}, nil)
+	}
+}
+
+// TestOdd never gives zeros or short data for what an FS did not give.
+func TestOdd(t *testing.T) {
+	o := &odd{Memory: nfstest.NewMemory()}
+	r, c, root := mounted(t, o)
+	fh := must(c.Create(root, "f", true, &sattr{Size: ptr(uint64(100))}))(t).FH
+	o.read, o.readErr = 10, nil
+	_, err := c.Read(fh, 0, 50)
+	wants(t, "READ that was short without a reason", err, nfstest.IO)
+	r.log.has(t, "READ: unexpected EOF")
+	o.readErr = syscall.EIO
+	_, err = c.Read(fh, 0, 50)
+	wants(t, "READ that was short by an error", err, nfstest.IO)
+	r.log.has(t, "input/output error")
+	o.readErr = io.EOF // the file became shorter meanwhile
+	if d := must(c.Read(fh, 0, 50))(t); len(d.P) != 10 || !d.EOF {
+		t.Errorf("%d bytes, eof %v", len(d.P), d.EOF)
+	}
+	_, err = c.Write(fh, 0, []byte("12345"), 0)
+	wants(t, "WRITE that was short without an error", err, nfstest.IO)
+	r.log.has(t, "4 of 5 bytes")
+	for _, o.cookie = range []uint64{0, 1<<64 - 1, 1<<64 - 2} {
+		_, err = c.Readdir(root, 0, 0, 1000)
+		wants(t, "READDIR", err, nfstest.IO)
+		r.log.has(t, "is out of range")
+	}
+	o.cookie = 1<<64 - 3
+	wants(t, "READDIR", second(c.Readdir(root, 0, 0, 1000)), nil)
 }

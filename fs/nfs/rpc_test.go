@@ -153,7 +153,6 @@ func TestHostileRecords(t *testing.T) {
 		}
 		nc.Close()
 		words, _, _ = strings.Cut(words, " in the")
-		time.Sleep(10 * time.Millisecond)
 		r.log.has(t, words)
 	}
 }
@@ -198,8 +197,15 @@ func TestMount(t *testing.T) {
 	if list := must(c.Dump())(t); !slices.Equal(list, want) {
 		t.Errorf("DUMP: %v", list)
 	}
+	wants(t, "Export of /", r.Export(nfs.Export{Path: "/", ID: 9, FS: m}), nil)
+	must(c.Mount("/"))(t)
+	must(c.Mount("/sub"))(t)
+	wants(t, "MNT in /", second(c.Mount("/file/x")), nfstest.NotDir)
+	wants(t, "Unexport of /", r.Unexport("/"), nil)
+	wants(t, "UMNT of /", c.Umnt("/"), nil)
+	wants(t, "UMNT of /sub", c.Umnt("/sub"), nil)
 	list := must(c.Exports())(t)
-	if len(list) != 2 || !slices.Equal(list[0], []string{"/ds"}) || !slices.Equal(list[1], []string{"/ds/sub/nested", "127.0.0.0/8", "2001:db8::/32"}) {
+	if len(list) != 2 || !slices.Equal(list[0], []string{"/ds", "127.0.0.0/8", "::1/128"}) || !slices.Equal(list[1], []string{"/ds/sub/nested", "127.0.0.0/8", "2001:db8::/32"}) {
 		t.Errorf("EXPORT: %v", list)
 	}
 	clients := r.Clients("/ds")
@@ -302,6 +308,14 @@ func TestPortmap(t *testing.T) {
 		_, err := call(3, nil)
 		wantsRPC(t, proto+": GETPORT of nothing", err, nfstest.RPCError{Stat: 4})
 	}
+	silent := must(net.Dial("tcp", addr))(t)
+	defer silent.Close()
+	silent.SetDeadline(time.Now().Add(10 * time.Second))
+	silent.Write(nfstest.Record(nfstest.CallMessage(1, nfstest.Portmap, 2, 5, nil, nil)))
+	silent.Write(nfstest.Record(nfstest.CallMessage(2, nfstest.Portmap, 2, 0, nil, nil)))
+	if p := must(nfstest.ReadRecord(silent))(t); binary.BigEndian.Uint32(p) != 2 {
+		t.Error("CALLIT was answered over TCP")
+	}
 	_, err = tcp.Call(nfstest.Portmap, 4, 3, nil)
 	wantsRPC(t, "rpcbind 4", err, nfstest.RPCError{Stat: 2, Low: 2, High: 2})
 	// MOUNT over UDP; NFS is not there.
@@ -358,7 +372,7 @@ func TestAddresses(t *testing.T) {
 	wants(t, "Unexport", r.Unexport("/ds"), nil)
 	wants(t, "Export", r.Export(share(m)), nil)
 	wants(t, "GETATTR when it is back", second(c.Getattr(root)), nil)
-	for _, bad := range []nfs.Export{{Path: "ds", FS: m}, {Path: "/a/../b", FS: m}, {Path: "/b"}, {Path: "/c", FS: readOnly{m}, Writable: true}} {
+	for _, bad := range []nfs.Export{{Path: "ds", FS: m}, {Path: "/a/../b", FS: m}, {Path: "/b"}, {Path: "/c", FS: readOnly{m}, Writable: true}, {Path: "/d", FS: m, Clients: make([]netip.Prefix, 1)}} {
 		if err := r.Export(bad); err == nil {
 			t.Errorf("%q was exported", bad.Path)
 		}

@@ -27,10 +27,16 @@ type sender struct {
 // maxWrite is what goes out in one write, bytes; the client has Limits.Stall to take it.
 const maxWrite = maxData + slack
 
-// send takes r with its reply, and frees it when it has been sent.
-func (s *sender) send(r *request) {
+// add takes r with its reply, which goes out with the next flush, or before.
+func (s *sender) add(r *request) {
 	s.mu.Lock()
 	s.queue = append(s.queue, r)
+	s.mu.Unlock()
+}
+
+// flush sends what there is, if nobody else is at it, and frees what has been sent.
+func (s *sender) flush() {
+	s.mu.Lock()
 	if s.writing {
 		s.mu.Unlock()
 		return
@@ -58,7 +64,7 @@ func (s *sender) write(batch []*request) {
 			n++
 		}
 		if !s.c.broken.Load() {
-			s.flush(batch[:n])
+			s.writev(batch[:n])
 		}
 		for _, r := range batch[:n] {
 			s.c.done(r)
@@ -67,7 +73,7 @@ func (s *sender) write(batch []*request) {
 	}
 }
 
-func (s *sender) flush(batch []*request) {
+func (s *sender) writev(batch []*request) {
 	s.limit()
 	var err error
 	if len(batch) == 1 {

@@ -106,7 +106,7 @@ func (s *Server) log(err error) {
 }
 
 // Listen opens HOST:PORT or :PORT for NFS and MOUNT over TCP, and MOUNT over UDP
-// too if that port is free. Clients are served when Serve runs.
+// too if that port is free. It is called before Serve.
 func (s *Server) Listen(addr string) error {
 	tcp, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -121,7 +121,7 @@ func (s *Server) Listen(addr string) error {
 
 // ListenPortmap opens HOST:PORT or :PORT, of which the port should be 111, for
 // the portmapper over TCP and UDP. Clients that are not told the port of NFS ask
-// there. ErrPortmapInUse is for an address that is taken.
+// there. ErrPortmapInUse is for an address that is taken. It is called before Serve.
 func (s *Server) ListenPortmap(addr string) error {
 	tcp, err := net.Listen("tcp", addr)
 	if err == nil {
@@ -326,7 +326,8 @@ func (s *Server) serveUDP(l *listener) error {
 		switch {
 		case errors.Is(err, net.ErrClosed):
 			return nil
-		case err != nil: // such as a port that is not there any more, of a client that was answered
+		case err != nil:
+			time.Sleep(10 * time.Millisecond)
 			continue
 		}
 		s.answerUDP(r, l, p[:n], from)
@@ -335,7 +336,7 @@ func (s *Server) serveUDP(l *listener) error {
 
 func (s *Server) answerUDP(r *request, l *listener, p []byte, from netip.AddrPort) {
 	defer r.free()
-	r.srv, r.ctx, r.programs, r.addr, r.udp = s, s.base, l.overUDP, from.Addr().Unmap(), true
+	r.srv, r.ctx, r.programs, r.addr, r.udp = s, s.base, l.overUDP, plain(from.Addr()), true
 	args, err := parseCall(&r.call, p)
 	if err != nil {
 		return

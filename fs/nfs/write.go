@@ -92,7 +92,7 @@ func (r *request) commit() {
 	if r.garbage() {
 		return
 	}
-	w, st := r.change(fh)
+	w, st := r.watch(fh)
 	if st == statOK {
 		st = r.commitFile(w)
 	}

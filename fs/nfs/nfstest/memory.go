@@ -25,13 +25,14 @@ type Memory struct {
 	free  []nfs.ID // of files that are gone: their numbers are used again
 	last  uint64   // File that was given
 	clock time.Time
-	syncs int
+	syncs int // that began
 }
 
 type node struct {
 	attr    nfs.Attr
 	data    []byte
 	durable []byte   // what data was at the last Sync
+	synced  int      // which one that was
 	mark    *[8]byte // of an exclusive creation
 
 	// Of a directory.
@@ -41,8 +42,10 @@ type node struct {
 	cookie uint64      // the last one
 }
 
-// maxFile bounds a file, bytes.
-const maxFile = 64 << 20
+const (
+	maxFile = 64 << 20 // bytes of a file
+	maxName = 255      // bytes of a name
+)
 
 var _ nfs.WritableFS = (*Memory)(nil)
 
@@ -136,7 +139,7 @@ func (m *Memory) set(n *node, c nfs.Change) {
 	}
 	if c.Size != nil {
 		n.resize(*c.Size)
-		n.durable = slices.Clone(n.data)
+		n.durable, n.synced = slices.Clone(n.data), m.syncs
 		a.Modified = now
 	}
 	if c.Accessed != nil {
@@ -361,6 +364,9 @@ func (m *Memory) WriteAt(_ context.Context, file nfs.ID, p []byte, off int64) (i
 	if err != nil {
 		return 0, err
 	}
+	if len(p) == 0 {
+		return 0, nil
+	}
 	if off > maxFile || off+int64(len(p)) > maxFile {
 		return 0, syscall.EFBIG
 	}
@@ -371,19 +377,28 @@ func (m *Memory) WriteAt(_ context.Context, file nfs.ID, p []byte, off int64) (i
 	return copy(n.data[off:], p), nil
 }
 
-// Sync implements nfs.WritableFS.
+// Sync implements nfs.WritableFS. What is written while Before has it is not durable by it.
 func (m *Memory) Sync(_ context.Context, file nfs.ID) error {
+	m.mu.Lock()
+	m.syncs++
+	turn := m.syncs
+	n, err := m.file(file)
+	var data []byte
+	if err == nil {
+		data = slices.Clone(n.data)
+	}
+	m.mu.Unlock()
 	if err := m.before("Sync", file); err != nil {
+		return err
+	}
+	if err != nil {
 		return err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.syncs++
-	n, err := m.file(file)
-	if err != nil {
-		return err
+	if turn > n.synced {
+		n.durable, n.synced = data, turn
 	}
-	n.durable = append(n.durable[:0], n.data...)
 	return nil
 }
 
@@ -427,6 +442,9 @@ func (m *Memory) Create(_ context.Context, dir nfs.ID, name string, how nfs.Crea
 	if how.Set.Size != nil && *how.Set.Size > maxFile {
 		return nfs.ID{}, syscall.EFBIG
 	}
+	if len(name) > maxName {
+		return nfs.ID{}, syscall.ENAMETOOLONG
+	}
 	if id, ok := d.names[name]; ok {
 		return id, m.again(id, how)
 	}
@@ -434,7 +452,10 @@ func (m *Memory) Create(_ context.Context, dir nfs.ID, name string, how nfs.Crea
 		how.Set = nfs.Change{}
 	}
 	id, n := m.make(nfs.KindFile, how.Set)
-	n.mark = how.Exclusive
+	if how.Exclusive != nil {
+		mark := *how.Exclusive
+		n.mark = &mark
+	}
 	m.add(d, name, id)
 	return id, nil
 }
@@ -468,6 +489,9 @@ func (m *Memory) Mkdir(_ context.Context, dir nfs.ID, name string, c nfs.Change)
 	d, err := m.dir(dir)
 	if err != nil {
 		return nfs.ID{}, err
+	}
+	if len(name) > maxName {
+		return nfs.ID{}, syscall.ENAMETOOLONG
 	}
 	if _, ok := d.names[name]; ok {
 		return nfs.ID{}, syscall.EEXIST
@@ -540,6 +564,9 @@ func (m *Memory) Rename(_ context.Context, from nfs.ID, name string, to nfs.ID, 
 	}
 	if m.below(to, id) {
 		return syscall.EINVAL
+	}
+	if len(as) > maxName {
+		return syscall.ENAMETOOLONG
 	}
 	if old, ok := b.names[as]; ok {
 		if old == id {
