@@ -7,7 +7,7 @@ set -euo pipefail
 declare -A need=(
   [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs [debugfs]=e2fsprogs [mkfs.xfs]=xfsprogs
   [xfs_db]=xfsprogs [fuser]=psmisc [sgdisk]=gdisk [sfdisk]=fdisk [losetup]=mount [lvm]=lvm2 [blkid]=util-linux [dumpe2fs]=e2fsprogs [chattr]=e2fsprogs
-  [tune2fs]=e2fsprogs [qemu-system-x86_64]=qemu-system-x86 [nfs-ls]=libnfs-utils [unshare]=util-linux [ip]=iproute2 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
+  [tune2fs]=e2fsprogs [qemu-system-x86_64]=qemu-system-x86 [unshare]=util-linux [ip]=iproute2 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
   [fsck.vfat]=dosfstools [mshowfat]=mtools [mkfs.exfat]=exfatprogs [fsck.exfat]=exfatprogs
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish [python3]=python3 [mkntfs]=ntfs-3g [ntfs-3g]=ntfs-3g [wimcapture]=wimtools [rsync]=rsync
   [bsdtar]=libarchive-tools [unzip]=unzip [tar]=tar [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
