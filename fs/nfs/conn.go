@@ -73,7 +73,7 @@ func (c *conn) start() {
 }
 
 // partTime is for the client to take the last replies.
-const partTime = time.Second
+const partTime = 3 * time.Second
 
 // part ends the sending and waits for the client to do the same: calls that have
 // not been read would make the system drop the replies that are on their way.
