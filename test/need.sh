@@ -7,7 +7,7 @@ set -euo pipefail
 declare -A need=(
   [qemu-img]=qemu-utils [qemu-io]=qemu-utils [fusermount3]=fuse3 [mkfs.ext4]=e2fsprogs [e2fsck]=e2fsprogs [debugfs]=e2fsprogs [mkfs.xfs]=xfsprogs
   [xfs_db]=xfsprogs [fuser]=psmisc [sgdisk]=gdisk [sfdisk]=fdisk [losetup]=mount [lvm]=lvm2 [blkid]=util-linux [dumpe2fs]=e2fsprogs [chattr]=e2fsprogs
-  [tune2fs]=e2fsprogs [qemu-system-x86_64]=qemu-system-x86 [unshare]=util-linux [ip]=iproute2 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
+  [tune2fs]=e2fsprogs [qemu-system-x86_64]=qemu-system-x86 [unshare]=util-linux [gcc]=gcc [ip]=iproute2 [debootstrap]=debootstrap [grub-mkimage]=grub-common [mcopy]=mtools [mkfs.vfat]=dosfstools
   [fsck.vfat]=dosfstools [mshowfat]=mtools [mkfs.exfat]=exfatprogs [fsck.exfat]=exfatprogs
   [setpriv]=util-linux [strace]=strace [zsh]=zsh [fish]=fish [python3]=python3 [mkntfs]=ntfs-3g [ntfs-3g]=ntfs-3g [wimcapture]=wimtools [rsync]=rsync
   [bsdtar]=libarchive-tools [unzip]=unzip [tar]=tar [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdkit]=nbdkit [qemu-nbd]=qemu-utils [fio]=fio
@@ -22,7 +22,7 @@ done
 # file => Debian package
 declare -A files=(
   [/usr/lib/grub/i386-pc/boot.img]=grub-pc-bin [/usr/lib/grub/x86_64-efi/fat.mod]=grub-efi-amd64-bin
-  [/usr/lib/x86_64-linux-gnu/qemu/block-nfs.so]=qemu-block-extra [/usr/share/OVMF/OVMF_CODE_4M.fd]=ovmf [/usr/share/unicode/UnicodeData.txt]=unicode-data
+  [/usr/include/nfsc/libnfs.h]=libnfs-dev [/usr/include/fuse3/fuse.h]=libfuse3-dev [/usr/lib/x86_64-linux-gnu/qemu/block-nfs.so]=qemu-block-extra [/usr/share/OVMF/OVMF_CODE_4M.fd]=ovmf [/usr/share/unicode/UnicodeData.txt]=unicode-data
 )
 for file in "${!files[@]}"; do
   [ -e "$file" ] || missing+=("${files[$file]}")

@@ -1,0 +1,102 @@
+// Package nfsmount mounts NFS exports by libnfs, a client that is not ours, for tests: a small C program that they compile. The kernels
+// of some machines have no NFS client.
+package nfsmount
+
+import (
+	"bytes"
+	_ "embed"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+//go:embed testdata/nfsmount.c
+var source []byte
+
+var program = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "nfsmount-")
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(dir, "nfsmount.c")
+	if err := os.WriteFile(file, source, 0o600); err != nil {
+		return "", err
+	}
+	out := filepath.Join(dir, "nfsmount")
+	cmd := exec.Command("gcc", "-O1", "-Wall", "-D_FILE_OFFSET_BITS=64", "-o", out, file, "-lnfs", "-lfuse3")
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if err := cmd.Run(); err != nil {
+		return "", &compileError{said.String(), err}
+	}
+	return out, nil
+})
+
+type compileError struct {
+	said string
+	err  error
+}
+
+func (e *compileError) Error() string { return e.err.Error() + ": " + e.said }
+
+// Mount mounts an export: nfs://HOST/PATH, with ?nfsport= and &mountport= where there is no portmapper. It ends with the test, or when unmount is called.
+// enter are words before the program, such as those of nsenter; the mount is seen outside all the same.
+func Mount(t testing.TB, enter []string, url string) (dir string, unmount func()) {
+	t.Helper()
+	file, err := program()
+	if err != nil {
+		if os.Getenv("HOLDFAST_TEST_ALL") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	// Not t.TempDir: that is removed through the mount when it cannot be unmounted.
+	if dir, err = os.MkdirTemp("", "nfs-"); err != nil {
+		t.Fatal(err)
+	}
+	words := append(append([]string{}, enter...), file, url, dir, "-f", "-s", "-o", "allow_other,default_permissions,attr_timeout=0,entry_timeout=0,negative_timeout=0")
+	cmd := exec.Command(words[0], words[1:]...)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var before, after syscall.Stat_t
+	if err := syscall.Stat(dir, &before); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { defer close(ended); cmd.Wait() }()
+	var once sync.Once
+	unmount = func() {
+		once.Do(func() {
+			syscall.Unmount(dir, syscall.MNT_DETACH)
+			select {
+			case <-ended:
+			case <-time.After(5 * time.Second):
+				cmd.Process.Kill()
+				<-ended
+			}
+			os.Remove(dir)
+		})
+	}
+	t.Cleanup(unmount)
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if err := syscall.Stat(dir, &after); err == nil && after.Dev != before.Dev {
+			return dir, unmount
+		}
+		select {
+		case <-ended:
+			t.Fatalf("nfsmount %s: %s", url, said.String())
+		default:
+		}
+		if time.Now().After(end) {
+			t.Fatalf("nfsmount %s does not mount: %s", url, said.String())
+		}
+	}
+}
