@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"fs/extract":         {"fs", "store"},
 	"fs/boot":            {"fs", "store"},
 	"fs/boot/...":        {"fs/boot"},
+	"fs/boot/nfsd":       {"fs/boot", "fs/nfs", "fs/nfs/folder", "store"},
 	"test/...":           {"..."},
 }
 

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"path"
 	"slices"
 	"strings"
@@ -85,6 +87,46 @@ func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (war
 	}
 	i.Host, i.Folder, i.Pool = host.Value, r.to.folder.Value, pool.Value
 	return r.warnings, nil
+}
+
+// HostAddresses are those from which the host of i may mount an export.
+func (s *Source) HostAddresses(ctx context.Context, i *Instant) ([]netip.Prefix, error) {
+	var h mo.HostSystem
+	if err := s.c.retrieve(ctx, i.hostRef(), []string{"config.network.vnic"}, &h); err != nil {
+		return nil, fmt.Errorf("vsphere: %w", missing(err))
+	}
+	if h.Config == nil || h.Config.Network == nil {
+		return nil, nil
+	}
+	var out []netip.Prefix
+	for _, nic := range h.Config.Network.Vnic {
+		if nic.Spec.Ip == nil {
+			continue
+		}
+		if a, err := netip.ParseAddr(nic.Spec.Ip.IpAddress); err == nil {
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out, nil
+}
+
+// LocalAddress is the address of this computer from which a server is reached. Nothing is sent.
+func LocalAddress(server string) (string, error) {
+	u, err := parseURL(server)
+	if err != nil {
+		return "", err
+	}
+	port := u.Port()
+	if port == "" {
+		port = "443"
+	}
+	conn, err := net.Dial("udp", net.JoinHostPort(u.Hostname(), port))
+	if err != nil {
+		return "", fmt.Errorf("vsphere: %w", err)
+	}
+	defer conn.Close()
+	host, _, err := net.SplitHostPort(conn.LocalAddr().String())
+	return host, err
 }
 
 // Look says what of it is there.

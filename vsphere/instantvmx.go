@@ -22,11 +22,8 @@ type InstantVM struct {
 	KeepIdentity bool   // UUIDs and MAC addresses, for one that replaces the old VM
 }
 
-// The names of files of the folder.
-const (
-	vmxEnding   = ".vmx"
-	nvramEnding = ".nvram"
-)
+// NVRAM is the file in the folder with the variables of UEFI.
+func (v *InstantVM) NVRAM() string { return "vm.nvram" }
 
 // Text gives the .vmx, and what is left out of the VM.
 func (v *InstantVM) Text() (text []byte, warnings []string, err error) {
@@ -37,7 +34,7 @@ func (v *InstantVM) Text() (text []byte, warnings []string, err error) {
 		return nil, nil, err
 	}
 	x.set("displayName", v.Name)
-	x.set("nvram", v.Name+nvramEnding)
+	x.set("nvram", v.NVRAM())
 	x.set("uuid.action", map[bool]string{true: "keep", false: "create"}[v.KeepIdentity]) // what "moved or copied?" would ask
 	x.set("msg.autoAnswer", "TRUE")
 	return x.text(), warnings, nil

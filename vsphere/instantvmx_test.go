@@ -55,7 +55,7 @@ func TestInstantVMX(t *testing.T) {
 	}
 	got := string(text)
 	for _, want := range []string{
-		`displayName = "web |22two|22"`, `nvram = "web |22two|22.nvram"`, `scsi0:0.fileName = "disk0.vmdk"`, `scsi0:2.fileName = "disk1.vmdk"`,
+		`displayName = "web |22two|22"`, `nvram = "vm.nvram"`, `scsi0:0.fileName = "disk0.vmdk"`, `scsi0:2.fileName = "disk1.vmdk"`,
 		`guestinfo.note = "a = |22b|22"`, `ethernet0.startConnected = "FALSE"`, `ethernet1.startConnected = "FALSE"`, `ethernet0.networkName = "VM Network"`,
 		`ethernet1.dvs.portgroupId = "dvportgroup-12"`, `uuid.action = "create"`, `sata0.present = "TRUE"`, `ethernet0.addressType = "generated"`,
 	} {

@@ -32,17 +32,21 @@ boot migrate NAME --to FILE
                        move its disk to a raw file while it runs, and let it go on from there
 boot screenshot NAME --to FILE
                        what is on its screen, as PNG
+boot POINT --on SOURCE run it on a platform of the config: a host there mounts an NFS export of holdfast and starts the VM
+                       from it. Its network cards are not connected unless --connect says so. ls, stop, and
+                       migrate --to DATASTORE, after which the VM is the platform's alone
+boot serve             serve NFS for such boots; it is started when it is needed, and by whoever watches over services
 Without --background it runs until the VM ends, SIGINT or SIGTERM, which shut the VM down; what it wrote is kept.
 ` + pointHelp
 
 // bootActions are what boot takes besides a point.
 func bootActions() []string {
-	return []string{"ls", "stop", "resume", "commit", "migrate", "screenshot"}
+	return []string{"ls", "stop", "resume", "commit", "migrate", "screenshot", "serve"}
 }
 
 func bootFlags() []cli.Flag {
 	return append([]cli.Flag{
-		&cli.StringFlag{Name: "on", Usage: "`HOST` that runs the VM: qemu, on this computer"},
+		&cli.StringFlag{Name: "on", Usage: "`HOST` that runs the VM: qemu, on this computer, or a source of the config"},
 		&cli.StringFlag{Name: "name", Usage: "`NAME` of the boot; that of the VM by default"},
 		&cli.BoolFlag{DisableDefaultText: true, Name: "background", Usage: "return as soon as the VM runs"},
 		&cli.StringFlag{Name: "network", Value: "none", Usage: "`NETWORK` that its cards are plugged into: none, user, bridge:NAME"},
@@ -53,26 +57,29 @@ func bootFlags() []cli.Flag {
 		&cli.StringSliceFlag{Name: "tag", Usage: "commit: `TEXT` to keep with the restore point; may be repeated"},
 		&cli.StringFlag{Name: "to", TakesFile: true, Usage: "migrate, screenshot: `FILE` to make"},
 		&cli.StringFlag{Name: "disk", Usage: "migrate: `DISK`, when there are several"},
-	}, machineFlags()...)
+	}, append(platformBootFlags(), machineFlags()...)...)
 }
 
 // bootTakes lists the flags of each action; boot POINT takes those of "".
 func bootTakes(action string) []string {
 	switch action {
 	case "stop":
-		return []string{"boots", "keep", "patience"}
+		return []string{"boots", "keep", "patience", "nfs", "portmap"}
 	case "resume":
-		return []string{"boots", "background", "patience"}
+		return []string{"boots", "background", "patience", "nfs", "portmap"}
 	case "commit":
 		return []string{"boots", "tag"}
 	case "migrate":
-		return []string{"boots", "to", "disk"}
+		return []string{"boots", "to", "disk", "nfs", "portmap"}
 	case "screenshot":
 		return []string{"boots", "to"}
 	case "ls":
-		return []string{"boots"}
+		return []string{"boots", "nfs", "portmap"}
+	case "serve":
+		return []string{"boots", "nfs", "portmap", "idle"}
 	}
-	return []string{"on", "name", "background", "memory", "cpus", "firmware", "bus", "network", "vnc", "boots", "patience"}
+	return []string{"on", "name", "background", "memory", "cpus", "firmware", "bus", "network", "vnc", "boots", "patience",
+		"host", "folder", "pool", "connect", "keep-identity", "nfs", "portmap", "nfs-address", "allow"}
 }
 
 // bootAction splits the arguments: an action and what follows, or "" and a point.
@@ -86,7 +93,7 @@ func (c *call) bootAction() (action string, rest []string) {
 func checkBoot(c *call) error {
 	action, rest := c.bootAction()
 	want, what := 1, "boot "+action
-	if action == "ls" {
+	if action == "ls" || action == "serve" {
 		want = 0
 	}
 	switch {
@@ -107,7 +114,12 @@ func checkBoot(c *call) error {
 		if on := c.String("on"); on == "" {
 			return usagef("boot: on what? --on is missing")
 		} else if on != "qemu" {
-			return withHint(usagef("boot: no host %q", on), "this build knows qemu")
+			return c.checkPlatformBoot()
+		}
+		for _, name := range []string{"host", "folder", "pool", "connect", "keep-identity", "nfs", "portmap", "nfs-address", "allow"} {
+			if c.IsSet(name) {
+				return usagef("boot --on qemu takes no --%s", name)
+			}
 		}
 		if _, err := c.bootMemory(""); err != nil {
 			return err
@@ -124,7 +136,15 @@ func checkBoot(c *call) error {
 }
 
 func runBoot(ctx context.Context, c *call) error {
-	switch action, rest := c.bootAction(); action {
+	action, rest := c.bootAction()
+	if action != "serve" {
+		if err := c.settleBoots(ctx); err != nil {
+			return err
+		}
+	}
+	switch action {
+	case "serve":
+		return c.serveNFS(ctx)
 	case "ls":
 		return c.listBoots(ctx)
 	case "stop":
@@ -137,6 +157,9 @@ func runBoot(ctx context.Context, c *call) error {
 		return c.migrateBoot(ctx, rest[0])
 	case "screenshot":
 		return c.shootBoot(ctx, rest[0])
+	}
+	if c.String("on") != "qemu" {
+		return c.bootOnPlatform(ctx)
 	}
 	return c.bootPoint(ctx)
 }
@@ -301,13 +324,19 @@ type bootInfo struct {
 	Dir     string        `json:"dir"`
 	PID     int           `json:"pid,omitempty"`
 	Stored  int64         `json:"bytes_overlay"`
-	Serial  string        `json:"serial"`
-	Log     string        `json:"serial_log"`
-	Screen  string        `json:"vnc"`
-	NBD     string        `json:"nbd"`
+	Serial  string        `json:"serial,omitempty"`
+	Log     string        `json:"serial_log,omitempty"`
+	Screen  string        `json:"vnc,omitempty"`
+	NBD     string        `json:"nbd,omitempty"`
+	NFS     string        `json:"nfs,omitempty"` // path of the export, on a platform
+	Clients []string      `json:"clients,omitempty"`
 }
 
 func infoOf(s *boot.State) bootInfo {
+	if s.Export != nil {
+		return bootInfo{Type: "boot", ID: s.ID, Name: s.Name, Point: s.Point, Path: s.Path, Host: s.Host, Created: s.Created, Dir: s.Dir(),
+			State: map[boot.Step]string{boot.StepRunning: "running", boot.StepKept: "stopped"}[s.Step], Stored: s.Stored(), NFS: s.Export.Path}
+	}
 	i := bootInfo{Type: "boot", ID: s.ID, Name: s.Name, Point: s.Point, Path: s.Path, Host: s.Host, Created: s.Created, Dir: s.Dir(),
 		PID: s.Process.PID, Serial: "unix:" + s.File(qemu.SerialSocket), Log: s.File(boot.SerialLog), Screen: s.Machine.VNC, NBD: "unix:" + s.File(boot.NBDSocket)}
 	if i.Screen == "" {
@@ -334,16 +363,20 @@ func (c *call) showBoot(s *boot.State) error {
 	return c.out.object(i)
 }
 
-func (c *call) listBoots(context.Context) error {
+func (c *call) listBoots(ctx context.Context) error {
 	root, err := c.bootsDir()
 	if err != nil {
 		return err
 	}
 	list, err := boot.List(root)
-	t := newTable("NAME", "POINT", "ON", "STATE", "SINCE", ">WRITTEN")
+	t := newTable("NAME", "POINT", "ON", "STATE", "SINCE", ">WRITTEN", "CLIENTS")
+	clients := c.nfsClients(ctx, root, list)
 	for _, s := range list {
 		i := infoOf(s)
-		t.row(i.Name, i.Path, i.Host, i.State, i.Created.Format("2006-01-02 15:04:05Z"), sizeText(i.Stored))
+		if i.Clients = clients[i.ID]; i.State == "" {
+			i.State = string(s.Step)
+		}
+		t.row(i.Name, i.Path, i.Host, i.State, i.Created.Format("2006-01-02 15:04:05Z"), sizeText(i.Stored), strings.Join(i.Clients, " "))
 		if err := c.out.object(i); err != nil {
 			return err
 		}
@@ -360,7 +393,9 @@ func (c *call) stopBoot(ctx context.Context, name string) error {
 		return err
 	}
 	how := boot.StopRequest{Patience: c.Duration("patience"), Keep: c.Bool("keep")}
-	if s.Served() {
+	if s.Export != nil {
+		err = c.stopOnPlatform(ctx, s, how)
+	} else if s.Served() {
 		if err = s.AskStop(ctx, how); err == nil {
 			c.progress.detail("%s shuts down", s.Name)
 			err = s.AwaitEnd(ctx)
@@ -415,6 +450,9 @@ func (c *call) resumeBoot(ctx context.Context, name string) error {
 	if err := c.useRepositoryOf(st); err != nil {
 		return err
 	}
+	if st.Export != nil {
+		return c.resumeOnPlatform(ctx, st)
+	}
 	if !inBackground() && c.Bool("background") {
 		words := []string{"boot", "resume", "--patience=" + c.Duration("patience").String()}
 		if c.IsSet("boots") {
@@ -439,6 +477,9 @@ func (c *call) migrateBoot(ctx context.Context, name string) error {
 	s, err := c.findBoot(name)
 	if err != nil {
 		return err
+	}
+	if s.Export != nil {
+		return c.migrateOnPlatform(ctx, s)
 	}
 	disk := c.String("disk")
 	if disk == "" && len(s.Machine.Disks) == 1 {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -26,6 +27,10 @@ type Options struct {
 	Bus func(d *store.Disk) Bus
 	// NVRAM is what the variables of UEFI are at first.
 	NVRAM []byte
+	// Clients may mount the folder of the session, for a VM on a platform; nil for one on this computer.
+	Clients []netip.Prefix
+	// Files are in that folder at first, besides the disks.
+	Files map[string][]byte
 	Now   func() time.Time // the clock
 }
 
@@ -36,6 +41,7 @@ type Session struct {
 	point   *store.Point
 	release func() // of the point
 	locked  *os.File
+	work    *os.File             // of a new session on a platform
 	images  []*store.CachedImage // of the point
 	disks   []*overlay.Disk      // over them
 	rec     *recorder
@@ -104,6 +110,11 @@ func (s *Session) create(root string, opt Options) (err error) {
 	}
 	if err := s.overlays(overlay.Create); err != nil {
 		return err
+	}
+	if opt.Clients != nil {
+		if err := s.makeFolder(opt); err != nil {
+			return err
+		}
 	}
 	return s.save()
 }
@@ -200,9 +211,11 @@ func (s *Session) Close() error {
 	s.disks = nil
 	s.release()
 	s.release = func() {}
-	if s.locked != nil {
-		errs = append(errs, s.locked.Close())
-		s.locked = nil
+	for _, f := range []**os.File{&s.locked, &s.work} {
+		if *f != nil {
+			errs = append(errs, (*f).Close())
+			*f = nil
+		}
 	}
 	return errors.Join(errs...)
 }

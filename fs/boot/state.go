@@ -33,6 +33,11 @@ type State struct {
 	Machine    Machine       `json:"machine"`
 	// Process is what the host started on this computer; zero when it does not run.
 	Process Process `json:"process,omitzero"`
+	// Of a VM that runs on a platform, out of an NFS export.
+	Step     Step            `json:"step,omitempty"`
+	Keep     bool            `json:"keep,omitempty"`     // with StepEnding: what it wrote
+	Export   *Export         `json:"export,omitempty"`   // nil for a VM on this computer
+	Platform json.RawMessage `json:"platform,omitempty"` // what the platform has of it, for its Remote
 
 	dir string
 }

@@ -1,0 +1,392 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/holdfast-backup/holdfast/fs/boot"
+	"github.com/holdfast-backup/holdfast/fs/boot/nfsd"
+	"github.com/holdfast-backup/holdfast/store"
+	"github.com/holdfast-backup/holdfast/vsphere"
+)
+
+func platformBootFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "host", Usage: "on a platform: `NAME` of the host that runs the VM; the one that it was on"},
+		&cli.StringFlag{Name: "folder", Usage: "on a platform: `PATH` of its folder in the inventory; as the VM had"},
+		&cli.StringFlag{Name: "pool", Usage: "on a platform: `NAME` of its resource pool; as the VM had"},
+		&cli.BoolFlag{DisableDefaultText: true, Name: "connect", Usage: "on a platform: connect its network cards"},
+		&cli.BoolFlag{DisableDefaultText: true, Name: "keep-identity", Usage: "on a platform: keep UUIDs and MAC addresses, for a VM that replaces the old one"},
+		&cli.StringFlag{Name: "nfs", Value: ":2049", EnvVars: []string{"HOLDFAST_NFS"}, Usage: "on a platform: `ADDRESS` where NFS is served, HOST:PORT or :PORT"},
+		&cli.StringFlag{Name: "portmap", Value: ":111", EnvVars: []string{"HOLDFAST_PORTMAP"}, Usage: "on a platform: `ADDRESS` of the portmapper, or off"},
+		&cli.StringFlag{Name: "nfs-address", Usage: "on a platform: `ADDRESS` of this computer as hosts reach it; the one that the platform is reached from"},
+		&cli.StringSliceFlag{Name: "allow", Usage: "on a platform: `ADDRESS` or network that may mount the export besides the host; may be repeated"},
+		&cli.DurationFlag{Name: "idle", Usage: "serve: end after this `TIME` without a boot; 0s: never"},
+	}
+}
+
+func (c *call) checkPlatformBoot() error {
+	for _, name := range []string{"memory", "cpus", "firmware", "bus", "vnc", "background", "patience"} {
+		if c.IsSet(name) {
+			return usagef("boot on a platform takes no --%s", name)
+		}
+	}
+	_, err := c.allowed()
+	return err
+}
+
+// instantVM is a VM of a session on vSphere.
+type instantVM struct {
+	src *vsphere.Source
+	rec *vsphere.Instant
+}
+
+var _ boot.Remote = (*instantVM)(nil)
+
+func (v *instantVM) Record() (json.RawMessage, error)   { return json.Marshal(v.rec) }
+func (v *instantVM) Mount(ctx context.Context) error    { return v.src.Mount(ctx, v.rec) }
+func (v *instantVM) Register(ctx context.Context) error { return v.src.Register(ctx, v.rec) }
+func (v *instantVM) PowerOn(ctx context.Context) error  { return v.src.PowerOn(ctx, v.rec) }
+func (v *instantVM) Remove(ctx context.Context) error   { return v.src.Remove(ctx, v.rec) }
+func (v *instantVM) PowerOff(ctx context.Context, patience time.Duration) error {
+	return v.src.PowerOff(ctx, v.rec, patience)
+}
+
+func (v *instantVM) Look(ctx context.Context) (boot.RemoteState, error) {
+	st, err := v.src.Look(ctx, v.rec)
+	return boot.RemoteState{Mounted: st.Mounted, Registered: st.Registered, On: st.On, Ours: st.Ours}, err
+}
+
+func (v *instantVM) Move(ctx context.Context, to string, progress func(percent int)) error {
+	return v.src.Relocate(ctx, v.rec, to, func(percent int32) { progress(int(percent)) })
+}
+
+// remoteOf connects to the platform of a session.
+func (c *call) remoteOf(ctx context.Context, st *boot.State) (v *instantVM, err error) {
+	v = &instantVM{rec: &vsphere.Instant{}}
+	if err := json.Unmarshal(st.Platform, v.rec); err != nil {
+		return nil, fmt.Errorf("%s: %w", st.Name, err)
+	}
+	v.src, _, err = c.platformNamed(ctx, st.Host)
+	return v, err
+}
+
+// exporter is the NFS service of the boots, which is started when it is needed.
+func (c *call) exporter(root string) *nfsd.Client {
+	return &nfsd.Client{Root: root, Start: func(ctx context.Context) error {
+		if err := c.resolve(needRepository); err != nil {
+			return err
+		}
+		words := []string{"boot", "serve", "--boots=" + root, "--nfs=" + c.String("nfs"), "--portmap=" + c.String("portmap"), "--idle=" + serviceIdle.String()}
+		word, _, err := c.goBackground(ctx, words)
+		if err == nil && word == "" {
+			err = errors.New("the NFS service ended before it was ready")
+		}
+		return err
+	}}
+}
+
+// serviceIdle is how long the NFS service stays without a boot.
+const serviceIdle = time.Minute
+
+// serveNFS is the NFS service.
+func (c *call) serveNFS(ctx context.Context) error {
+	if err := c.resolve(needRepository); err != nil {
+		return err
+	}
+	say := reporter()
+	err := c.withRepo(ctx, func(r *store.Repo) error {
+		root, err := c.bootsDir()
+		if err != nil {
+			return err
+		}
+		repo, err := filepath.Abs(c.repo)
+		if err != nil {
+			return err
+		}
+		s := nfsd.Service{Root: root, Repo: r, Repository: repo, Listen: c.String("nfs"), Portmap: c.String("portmap"), Idle: c.Duration("idle"),
+			Log: func(err error) { c.progress.warn("%v", err) }}
+		if s.Portmap == "off" {
+			s.Portmap = ""
+		}
+		return s.Run(ctx, func() { say("ready", nil) })
+	})
+	say("", err)
+	return err
+}
+
+// settleBoots finishes or undoes what commands on boots left that did not come to their end, and has the NFS service run where a VM needs it.
+func (c *call) settleBoots(ctx context.Context) error {
+	root, err := c.bootsDir()
+	if err != nil {
+		return err
+	}
+	list, _ := boot.List(root) // what cannot be read the command itself will say
+	exporter := c.exporter(root)
+	for _, st := range list {
+		if st.Export == nil || st.Step == boot.StepKept {
+			continue
+		}
+		release, err := st.Work()
+		if errors.Is(err, boot.ErrAtWork) {
+			continue
+		}
+		if err == nil {
+			err = c.settle(ctx, st, exporter)
+			release()
+		}
+		if err != nil {
+			c.progress.warn("%s: %v", st.Name, err)
+		}
+	}
+	return ctx.Err()
+}
+
+func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client) error {
+	if c.repoFlag == "" {
+		c.repoFlag = st.Repository
+	}
+	if st.Step == boot.StepMade {
+		_, err := st.Settle(ctx, nil, exporter)
+		return err
+	}
+	if err := exporter.Export(ctx, st.ID); err != nil {
+		return err
+	}
+	if st.Step == boot.StepRunning {
+		return nil
+	}
+	v, err := c.remoteOf(ctx, st)
+	if err != nil {
+		return err
+	}
+	defer v.src.Close()
+	what, err := st.Settle(ctx, v, exporter)
+	if err == nil && what != "" {
+		c.progress.note("%s: an earlier command did not come to its end: %s", st.Name, what)
+	}
+	return err
+}
+
+// bootOnPlatform runs the VM of a point on a platform.
+func (c *call) bootOnPlatform(ctx context.Context) error {
+	if err := c.knowsSource(c.String("on")); err != nil {
+		return withHint(err, "boot runs VMs on qemu, or on a source of the config")
+	}
+	if err := c.resolve(needRepository); err != nil {
+		return err
+	}
+	return c.withRepo(ctx, func(r *store.Repo) error {
+		root, err := c.bootsDir()
+		if err != nil {
+			return err
+		}
+		sum, err := r.Find(ctx, c.args[0])
+		if err != nil {
+			return err
+		}
+		src, cfg, err := c.platformNamed(ctx, c.String("on"))
+		if err != nil {
+			return err
+		}
+		defer src.Close()
+		p, err := r.Point(ctx, sum.ID)
+		if err != nil {
+			return err
+		}
+		v := &instantVM{src, &vsphere.Instant{Keep: c.Bool("keep-identity")}}
+		opt, warnings, err := c.instantOptions(ctx, r, p, v)
+		if err != nil {
+			return err
+		}
+		if v.rec.Server, err = c.nfsAddress(cfg); err != nil {
+			return err
+		}
+		s, err := boot.Create(ctx, root, r, sum.ID, opt)
+		if err != nil {
+			return err
+		}
+		st, release, err := s.Launching()
+		if err != nil {
+			return err
+		}
+		defer release()
+		v.rec.Name, v.rec.Datastore, v.rec.Export = st.Name, "holdfast-"+st.ID, st.Export.Path
+		v.rec.VMX = st.Export.Folder + "/" + vmxName
+		for _, w := range warnings {
+			c.progress.warn("%s: %s", st.Name, w)
+		}
+		if err := st.Launch(ctx, v, c.exporter(root)); err != nil {
+			return err
+		}
+		c.out.line("%s: %s runs on %s, from datastore %s", st.Name, st.Path, st.Host, v.rec.Datastore)
+		c.out.line("  'holdfast boot migrate %s --to DATASTORE' makes it the platform's alone; 'holdfast boot stop %s' ends it and drops what it wrote", st.Name, st.Name)
+		return c.out.object(infoOf(st))
+	})
+}
+
+// vmxName is the file of a VM's configuration in its folder. The VM's own name may be one that no file can have.
+const vmxName = "vm.vmx"
+
+// instantOptions says what session there is to be, and finds where its VM is to run.
+func (c *call) instantOptions(ctx context.Context, r *store.Repo, p *store.Point, v *instantVM) (opt boot.Options, warnings []string, err error) {
+	if len(p.Disks) == 0 {
+		return opt, nil, fmt.Errorf("%s has no disks", p.Path())
+	}
+	what, err := c.restoreOf(r, p)
+	if err != nil {
+		return opt, nil, err
+	}
+	name := c.String("name")
+	if name == "" {
+		name = p.VM.Name + "-instant"
+	}
+	if warnings, err = v.src.FindPlace(ctx, vsphere.InstantPlace{Host: c.String("host"), Folder: c.String("folder"), Pool: c.String("pool"), Inventory: what.Inventory}, v.rec); err != nil {
+		return opt, nil, err
+	}
+	vm := vsphere.InstantVM{Name: name, Mapping: what.Mapping, Machine: what.Machine, Connect: c.Bool("connect"), KeepIdentity: v.rec.Keep}
+	if n := c.network(); n != "none" {
+		vm.Network = n
+	}
+	opt = boot.Options{Name: name, Host: c.String("on"), Machine: boot.Machine{Name: name, Firmware: boot.BIOS}, Bus: func(*store.Disk) boot.Bus { return "" },
+		Now: c.clock.now, Files: map[string][]byte{}}
+	for _, d := range p.Disks {
+		vm.Disks = append(vm.Disks, d.Name)
+	}
+	for i := range p.Config {
+		if p.VM.Source == "vsphere" && strings.HasSuffix(strings.ToLower(p.Config[i].Name), ".vmx") {
+			if vm.VMX, err = configOf(r, p, &p.Config[i]); err != nil {
+				return opt, nil, err
+			}
+		}
+	}
+	if len(what.NVRAM) > 0 {
+		opt.Files[vm.NVRAM()] = what.NVRAM
+	}
+	text, more, err := vm.Text()
+	if err != nil {
+		return opt, nil, err
+	}
+	opt.Files[vmxName] = text
+	if opt.Clients, err = v.src.HostAddresses(ctx, v.rec); err != nil {
+		return opt, nil, err
+	}
+	also, err := c.allowed()
+	if err != nil {
+		return opt, nil, err
+	}
+	if opt.Clients = append(opt.Clients, also...); len(opt.Clients) == 0 {
+		return opt, nil, withHint(errors.New("the host does not say which addresses it has"), "name them with --allow")
+	}
+	opt.Repository, err = filepath.Abs(c.repo)
+	return opt, append(warnings, more...), err
+}
+
+// nfsAddress is this computer's address as the platform's hosts reach it.
+func (c *call) nfsAddress(cfg sourceConfig) (string, error) {
+	if a := c.String("nfs-address"); a != "" {
+		return a, nil
+	}
+	return vsphere.LocalAddress(cfg.vsphere)
+}
+
+// onPlatform works on a session.
+func (c *call) onPlatform(ctx context.Context, st *boot.State, do func(v *instantVM, x boot.Exporter) error) error {
+	release, err := st.Work()
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := c.useRepositoryOf(st); err != nil {
+		return err
+	}
+	root, err := c.bootsDir()
+	if err != nil {
+		return err
+	}
+	v, err := c.remoteOf(ctx, st)
+	if err != nil {
+		return err
+	}
+	defer v.src.Close()
+	return do(v, c.exporter(root))
+}
+
+func (c *call) stopOnPlatform(ctx context.Context, st *boot.State, how boot.StopRequest) error {
+	if st.Step == boot.StepKept {
+		if how.Keep {
+			return nil
+		}
+		return st.Remove()
+	}
+	return c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error { return st.End(ctx, v, x, how) })
+}
+
+// resumeOnPlatform runs a VM again that was kept. The service of one that runs was seen to already.
+func (c *call) resumeOnPlatform(ctx context.Context, st *boot.State) error {
+	if st.Step != boot.StepKept {
+		c.out.line("%s runs on %s", st.Name, st.Host)
+		return c.out.object(infoOf(st))
+	}
+	err := c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error {
+		v.rec.VM = ""
+		st.Keep = true // what it wrote is not dropped when it cannot be started
+		return st.Launch(ctx, v, x)
+	})
+	if err != nil {
+		return err
+	}
+	c.out.line("%s runs on %s", st.Name, st.Host)
+	return c.out.object(infoOf(st))
+}
+
+func (c *call) migrateOnPlatform(ctx context.Context, st *boot.State) error {
+	if c.IsSet("disk") {
+		return usagef("boot migrate: on a platform the whole VM moves: no --disk")
+	}
+	to := c.String("to")
+	t := c.progress.task(st.Name, "", 100)
+	last := 0
+	err := c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error {
+		return st.MoveAway(ctx, v, x, to, func(percent int) {
+			t.add(int64(percent - last))
+			last = percent
+		})
+	})
+	t.end(err)
+	if err != nil {
+		return err
+	}
+	c.out.line("%s is on datastore %s of %s, and no boot any more", st.Name, to, st.Host)
+	return c.out.object(struct {
+		Type string `json:"type"`
+		Name string `json:"name"`
+		To   string `json:"to"`
+	}{"boot migrate", st.Name, to})
+}
+
+// nfsClients gives the clients of boots on platforms, by their ids.
+func (c *call) nfsClients(ctx context.Context, root string, list []*boot.State) map[string][]string {
+	out := map[string][]string{}
+	for _, st := range list {
+		if st.Export == nil {
+			continue
+		}
+		all, err := (&nfsd.Client{Root: root}).Status(ctx)
+		if err != nil && !errors.Is(err, nfsd.ErrGone) {
+			c.progress.warn("%v", err)
+		}
+		for _, s := range all {
+			out[s.ID] = s.Clients
+		}
+		break
+	}
+	return out
+}
