@@ -41,6 +41,7 @@ type InstantState struct {
 	On         bool
 	// Ours reports whether files of the VM are on the export; not any more when it was moved away.
 	Ours bool
+	Busy bool   // a task of the VM is not over
 	VM   string // managed object
 }
 
@@ -140,29 +141,65 @@ func (s *Source) Look(ctx context.Context, i *Instant) (st InstantState, err err
 		st.Mounted, vms = true, ds.Vm
 	}
 	if i.VM != "" && !slices.ContainsFunc(vms, func(r types.ManagedObjectReference) bool { return r.Value == i.VM }) {
-		vms = append(vms, types.ManagedObjectReference{Type: "VirtualMachine", Value: i.VM})
+		vms = append(vms, i.vmRef())
 	}
 	for _, ref := range vms {
 		var vm mo.VirtualMachine
-		err := s.c.retrieve(ctx, ref, []string{"config.files.vmPathName", "runtime.powerState", "datastore"}, &vm)
+		err := s.c.retrieve(ctx, ref, []string{"config.files.vmPathName", "runtime.powerState", "datastore", "recentTask"}, &vm)
 		if fault.Is(err, &types.ManagedObjectNotFound{}) {
 			continue
 		}
 		if err != nil {
 			return st, fmt.Errorf("vsphere: %w", missing(err))
 		}
-		if ref.Value != i.VM && (vm.Config == nil || vm.Config.Files.VmPathName != i.vmxPath()) {
+		if ref.Value != i.VM && (vm.Config == nil || vm.Config.Files.VmPathName != i.vmxPath(ds)) {
 			continue
 		}
 		st.Registered, st.VM, st.On = true, ref.Value, vm.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOff
-		st.Ours = ds != nil && slices.Contains(vm.Datastore, ds.Self)
+		// That it is not ours any more is only said where it is seen to be somewhere else: what serves it ends then.
+		switch {
+		case len(vm.Datastore) == 0:
+			return st, fmt.Errorf("vsphere: the server does not say where the files of %s are", i.Name)
+		case ds != nil:
+			st.Ours = slices.Contains(vm.Datastore, ds.Self)
+		case vm.Config == nil || strings.HasPrefix(vm.Config.Files.VmPathName, "["+i.Datastore+"] "):
+			return st, fmt.Errorf("vsphere: %s runs from %s:%s, which no host has mounted now", i.Name, i.Server, i.Export)
+		}
+		if st.Busy, err = s.busy(ctx, vm.RecentTask); err != nil {
+			return st, fmt.Errorf("vsphere: %w", missing(err))
+		}
 	}
 	return st, nil
 }
 
-func (i *Instant) vmxPath() string { return "[" + i.Datastore + "] " + i.VMX }
+// busy reports whether one of the tasks is not over.
+func (s *Source) busy(ctx context.Context, tasks []types.ManagedObjectReference) (bool, error) {
+	for _, ref := range tasks {
+		var t mo.Task
+		err := s.c.retrieve(ctx, ref, []string{"info.state"}, &t)
+		if fault.Is(err, &types.ManagedObjectNotFound{}) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		if t.Info.State == types.TaskInfoStateRunning || t.Info.State == types.TaskInfoStateQueued {
+			return true, nil
+		}
+	}
+	return false, nil
+}
 
-// datastoreOf finds the datastore of the export; nil when there is none. One of its name that is something else is an error.
+// vmxPath is the configuration file on the datastore, which may have been given another name.
+func (i *Instant) vmxPath(ds *mo.Datastore) string {
+	name := i.Datastore
+	if ds != nil {
+		name = ds.Name
+	}
+	return "[" + name + "] " + i.VMX
+}
+
+// datastoreOf finds the datastore of the export, whatever it is called; nil when there is none. Another one of its name is an error.
 func (s *Source) datastoreOf(ctx context.Context, i *Instant) (*mo.Datastore, error) {
 	v, err := view.NewManager(s.c.Client).CreateContainerView(ctx, s.c.ServiceContent.RootFolder, []string{"Datastore"}, true)
 	if err != nil {
@@ -174,14 +211,14 @@ func (s *Source) datastoreOf(ctx context.Context, i *Instant) (*mo.Datastore, er
 		return nil, fmt.Errorf("vsphere: %w", missing(err))
 	}
 	for k := range all {
-		if all[k].Name != i.Datastore {
-			continue
+		if nas, ok := all[k].Info.(*types.NasDatastoreInfo); ok && nas.Nas != nil && nas.Nas.RemoteHost == i.Server && nas.Nas.RemotePath == i.Export {
+			return &all[k], nil
 		}
-		nas, ok := all[k].Info.(*types.NasDatastoreInfo)
-		if !ok || nas.Nas == nil || nas.Nas.RemoteHost != i.Server || nas.Nas.RemotePath != i.Export {
+	}
+	for k := range all {
+		if all[k].Name == i.Datastore {
 			return nil, fmt.Errorf("vsphere: there is a datastore %s that is not %s:%s", i.Datastore, i.Server, i.Export)
 		}
-		return &all[k], nil
 	}
 	return nil, nil
 }
@@ -233,19 +270,23 @@ func (s *Source) Register(ctx context.Context, i *Instant) error {
 		i.VM = st.VM
 		return nil
 	}
+	ds, err := s.datastoreOf(ctx, i)
+	if err != nil {
+		return err
+	}
 	host := i.hostRef()
-	res, err := methods.RegisterVM_Task(ctx, s.c, &types.RegisterVM_Task{This: types.ManagedObjectReference{Type: "Folder", Value: i.Folder}, Path: i.vmxPath(), Name: i.Name,
+	res, err := methods.RegisterVM_Task(ctx, s.c, &types.RegisterVM_Task{This: types.ManagedObjectReference{Type: "Folder", Value: i.Folder}, Path: i.vmxPath(ds), Name: i.Name,
 		Pool: &types.ManagedObjectReference{Type: "ResourcePool", Value: i.Pool}, Host: &host})
 	var made types.AnyType
 	if err == nil {
 		made, err = s.wait(ctx, res.Returnval)
 	}
 	if err != nil {
-		return fmt.Errorf("vsphere: register %s: %w", i.vmxPath(), missing(err))
+		return fmt.Errorf("vsphere: register %s: %w", i.vmxPath(ds), missing(err))
 	}
 	ref, ok := made.(types.ManagedObjectReference)
 	if !ok {
-		return fmt.Errorf("vsphere: register %s: the server does not say which VM it is", i.vmxPath())
+		return fmt.Errorf("vsphere: register %s: the server does not say which VM it is", i.vmxPath(ds))
 	}
 	i.VM = ref.Value
 	return nil
@@ -316,10 +357,10 @@ func (s *Source) answer(ctx context.Context, i *Instant) error {
 	}
 }
 
-// PowerOff switches the VM off; with patience the guest is asked to shut down before that.
+// PowerOff switches the VM off; with patience the guest is asked to shut down before that. One that was moved away is left alone.
 func (s *Source) PowerOff(ctx context.Context, i *Instant, patience time.Duration) error {
 	st, err := s.Look(ctx, i)
-	if err != nil || !st.On {
+	if err != nil || !st.On || !st.Ours {
 		return err
 	}
 	i.VM = st.VM // which a crash may have kept from being noted
@@ -353,6 +394,11 @@ func (s *Source) Remove(ctx context.Context, i *Instant) error {
 	st, err := s.Look(ctx, i)
 	if err != nil {
 		return err
+	}
+	if st.Registered && !st.Ours {
+		if err := s.forgetBoot(ctx, i); err != nil {
+			return err
+		}
 	}
 	if st.Registered && st.Ours {
 		if st.On {
@@ -412,7 +458,7 @@ func (s *Source) Relocate(ctx context.Context, i *Instant, datastore string, pro
 	if err != nil {
 		return fmt.Errorf("vsphere: move %s to %s: %w", i.Name, datastore, missing(err))
 	}
-	return s.forgetBoot(ctx, i)
+	return nil
 }
 
 // forgetBoot takes what only a boot is answered by out of the configuration of a VM that stays.

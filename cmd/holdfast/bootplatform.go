@@ -61,7 +61,7 @@ func (v *instantVM) PowerOff(ctx context.Context, patience time.Duration) error 
 
 func (v *instantVM) Look(ctx context.Context) (boot.RemoteState, error) {
 	st, err := v.src.Look(ctx, v.rec)
-	return boot.RemoteState{Mounted: st.Mounted, Registered: st.Registered, On: st.On, Ours: st.Ours}, err
+	return boot.RemoteState{Mounted: st.Mounted, Registered: st.Registered, On: st.On, Ours: st.Ours, Busy: st.Busy}, err
 }
 
 func (v *instantVM) Move(ctx context.Context, to string, progress func(percent int)) error {
@@ -135,6 +135,12 @@ func (c *call) settleBoots(ctx context.Context) error {
 			continue
 		}
 		release, err := st.Work()
+		if errors.Is(err, boot.ErrAtWork) && st.Step != boot.StepMade { // whoever it is may need the service, too
+			if err := c.servedAgain(ctx, st, exporter); err != nil {
+				c.progress.warn("%s: %v", st.Name, err)
+			}
+			continue
+		}
 		if errors.Is(err, boot.ErrAtWork) {
 			continue
 		}
@@ -149,15 +155,19 @@ func (c *call) settleBoots(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// servedAgain has the folder of a session served, by a service of the session's repository. The command's own stays what it is.
+func (c *call) servedAgain(ctx context.Context, st *boot.State, exporter *nfsd.Client) error {
+	defer func(flag, repo string) { c.repoFlag, c.repo = flag, repo }(c.repoFlag, c.repo)
+	c.repoFlag = st.Repository
+	return exporter.Export(ctx, st.ID)
+}
+
 func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client) error {
-	if c.repoFlag == "" {
-		c.repoFlag = st.Repository
-	}
 	if st.Step == boot.StepMade {
 		_, err := st.Settle(ctx, nil, exporter)
 		return err
 	}
-	if err := exporter.Export(ctx, st.ID); err != nil {
+	if err := c.servedAgain(ctx, st, exporter); err != nil {
 		return err
 	}
 	if st.Step == boot.StepRunning {
@@ -246,7 +256,9 @@ func (c *call) instantOptions(ctx context.Context, r *store.Repo, p *store.Point
 	}
 	name := c.String("name")
 	if name == "" {
-		name = p.VM.Name + "-instant"
+		if name, err = c.freeBootName(p.VM.Name + "-instant"); err != nil {
+			return opt, nil, err
+		}
 	}
 	if warnings, err = v.src.FindPlace(ctx, vsphere.InstantPlace{Host: c.String("host"), Folder: c.String("folder"), Pool: c.String("pool"), Inventory: what.Inventory}, v.rec); err != nil {
 		return opt, nil, err
@@ -289,6 +301,24 @@ func (c *call) instantOptions(ctx context.Context, r *store.Repo, p *store.Point
 	return opt, append(warnings, more...), err
 }
 
+// freeBootName adds a number to a name that a boot has.
+func (c *call) freeBootName(want string) (string, error) {
+	root, err := c.bootsDir()
+	if err != nil {
+		return "", err
+	}
+	list, _ := boot.List(root) // one that cannot be read has no name
+	taken := map[string]bool{}
+	for _, s := range list {
+		taken[s.Name] = true
+	}
+	name := want
+	for n := 2; taken[name]; n++ {
+		name = fmt.Sprintf("%s-%d", want, n)
+	}
+	return name, nil
+}
+
 // nfsAddress is this computer's address as the platform's hosts reach it.
 func (c *call) nfsAddress(cfg sourceConfig) (string, error) {
 	if a := c.String("nfs-address"); a != "" {
@@ -324,9 +354,26 @@ func (c *call) stopOnPlatform(ctx context.Context, st *boot.State, how boot.Stop
 		if how.Keep {
 			return nil
 		}
-		return st.Remove()
+		release, err := st.Work()
+		if err != nil {
+			return err
+		}
+		defer release()
+		if st.Step == boot.StepKept {
+			return st.Remove()
+		}
+		return fmt.Errorf("%s runs again", st.Name)
 	}
-	return c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error { return st.End(ctx, v, x, how) })
+	return c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error {
+		what, err := st.Settle(ctx, v, x)
+		if err != nil || what != "" && st.Step != boot.StepRunning {
+			if what != "" {
+				c.progress.note("%s: %s", st.Name, what)
+			}
+			return err
+		}
+		return st.End(ctx, v, x, how)
+	})
 }
 
 // resumeOnPlatform runs a VM again that was kept. The service of one that runs was seen to already.
@@ -336,6 +383,9 @@ func (c *call) resumeOnPlatform(ctx context.Context, st *boot.State) error {
 		return c.out.object(infoOf(st))
 	}
 	err := c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error {
+		if st.Step != boot.StepKept {
+			return fmt.Errorf("%s is %s already", st.Name, st.Step)
+		}
 		v.rec.VM = ""
 		st.Keep = true // what it wrote is not dropped when it cannot be started
 		return st.Launch(ctx, v, x)

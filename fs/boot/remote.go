@@ -44,7 +44,8 @@ type Export struct {
 // RemoteState is what a platform has of a session.
 type RemoteState struct {
 	Mounted, Registered, On bool
-	Ours                    bool // its files are on our export
+	Ours                    bool // its files are on our export; false only where they are seen to be elsewhere
+	Busy                    bool // the platform is at work on it
 }
 
 // Remote is the VM of a session on a platform. All methods may be called again after a crash, whatever was done.
@@ -105,9 +106,11 @@ func (s *Session) makeFolder(opt Options) error {
 		var id vdisk.Identity
 		copy(id[:], s.Point[:])
 		id[0] ^= byte(i + 1)
-		if files[d.Name+".vmdk"], err = vdisk.VMDKDescriptor(vdisk.VMFS, d.Size, FlatName(d.Name), id); err != nil {
+		text, err := vdisk.VMDKDescriptor(vdisk.VMFS, d.Size, FlatName(d.Name), id)
+		if err != nil {
 			return err
 		}
+		files[d.Name+".vmdk"] = append(text, "ddb.thinProvisioned = \"1\"\n"...) // and so it is when it is moved away
 	}
 	for name, data := range files {
 		if err := writeSynced(filepath.Join(dir, name), data); err != nil {
@@ -258,6 +261,9 @@ func (s *State) leave(ctx context.Context, r Remote, x Exporter) error {
 
 // MoveAway brings the VM to a place of the platform's own, while it runs, and ends the session.
 func (s *State) MoveAway(ctx context.Context, r Remote, x Exporter, to string, progress func(percent int)) error {
+	if s.Step != StepRunning {
+		return fmt.Errorf("boot: %s does not run: it is %s", s.Name, s.Step)
+	}
 	if err := s.enter(StepMoving, r); err != nil {
 		return err
 	}
@@ -267,9 +273,15 @@ func (s *State) MoveAway(ctx context.Context, r Remote, x Exporter, to string, p
 		_, serr := s.Settle(ctx, r, x)
 		return errors.Join(err, serr)
 	}
-	_, err := s.Settle(ctx, r, x)
+	what, err := s.Settle(ctx, r, x)
+	if err == nil && what != movedAway {
+		err = fmt.Errorf("boot: the platform says that %s was moved, but its files are where they were", s.Name)
+	}
 	return err
 }
+
+// movedAway is what Settle says of a VM that has its files elsewhere.
+const movedAway = "it was moved away"
 
 // Settle finishes or undoes what an earlier command began, and says which of them it did; nothing when there was nothing to do. A VM that runs stays,
 // unless it was moved away by whomever: then only our part ends.
@@ -280,6 +292,14 @@ func (s *State) Settle(ctx context.Context, r Remote, x Exporter) (what string, 
 	case StepMade:
 		return "its start was undone", s.Remove()
 	case StepEnding:
+		st, err := r.Look(ctx)
+		if err != nil {
+			return "", err
+		}
+		if st.On && st.Ours { // whoever ended it gave up before it was off, and may want to keep what it wrote
+			s.Keep = false
+			return "it was not ended", s.enter(StepRunning, r)
+		}
 		return "its end was finished", s.End(ctx, r, x, StopRequest{Keep: s.Keep})
 	case StepRunning, StepMoving:
 		st, err := r.Look(ctx)
@@ -288,7 +308,10 @@ func (s *State) Settle(ctx context.Context, r Remote, x Exporter) (what string, 
 		}
 		if st.Registered && !st.Ours {
 			s.Keep = false
-			return "it was moved away", s.leave(ctx, r, x)
+			return movedAway, s.leave(ctx, r, x)
+		}
+		if st.Busy {
+			return "", nil // the platform still moves it
 		}
 		if s.Step == StepMoving {
 			return "it was not moved", s.enter(StepRunning, r)

@@ -96,7 +96,8 @@ type Creation struct {
 	// Guarded gives EEXIST when the name is taken. Without it, and without Exclusive, a file that is there is opened, and its Size set if Set says so.
 	Guarded bool
 	// Exclusive is the client's mark of this one creation: a file that is there and was made by the same mark, also before a restart, is the answer
-	// to it; any other is EEXIST. Set is not used with it.
+	// to it; any other is EEXIST. Of Set only UID and GID are used with it. A SetAttr ends
+	// the life of the mark.
 	Exclusive *[8]byte
 	Set       Change
 }

@@ -131,14 +131,10 @@ func (r *request) createFile(dir *watch, name string, how Creation, s *sattr) (I
 	if st := r.own(&dir.before.Attr, s); st != statOK {
 		return ID{}, st
 	}
-	if how.Exclusive == nil {
-		how.Set = s.Change
+	if how.Set = s.Change; how.Exclusive != nil { // the client sets the rest, and has to be who may
+		how.Set = Change{UID: s.UID, GID: s.GID}
 	}
 	id, err := fs.Create(r.ctx, dir.id, name, how)
-	if err == nil && how.Exclusive != nil && fresh {
-		// Whose it is cannot be said before, and must be right for the client to set the rest.
-		err = fs.SetAttr(r.ctx, id, Change{UID: s.UID, GID: s.GID})
-	}
 	return id, r.status(err)
 }
 

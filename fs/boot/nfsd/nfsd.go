@@ -54,6 +54,7 @@ type Service struct {
 	// served: id => what is exported.
 	served map[string]*served
 	unused time.Time // since when there is nothing to serve
+	ending bool
 }
 
 type served struct {
@@ -146,6 +147,9 @@ func (s *Service) log(err error) {
 func (s *Service) export(ctx context.Context, id string) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.ending {
+		return ErrGone
+	}
 	if s.served[id] != nil {
 		return nil
 	}
@@ -218,6 +222,7 @@ func (s *Service) endIdle(ctx context.Context, end func()) {
 		}
 		s.mu.Lock()
 		over := len(s.served) == 0 && time.Since(s.unused) > s.Idle
+		s.ending = over
 		s.mu.Unlock()
 		if over {
 			end()
@@ -234,6 +239,7 @@ type request struct {
 
 type answer struct {
 	Error  string   `json:"error,omitempty"`
+	Gone   bool     `json:"gone,omitempty"` // the service ends: another one is needed
 	Served []Served `json:"served,omitempty"`
 	PID    int      `json:"pid,omitempty"`
 	Addr   string   `json:"address,omitempty"`
@@ -273,7 +279,7 @@ func (s *Service) answerAll(ctx context.Context, ln net.Listener) {
 				err = s.carryOut(ctx, req, &a)
 			}
 			if err != nil {
-				a.Error = err.Error()
+				a.Error, a.Gone = err.Error(), errors.Is(err, ErrGone)
 			}
 			json.NewEncoder(conn).Encode(a)
 		})
@@ -324,16 +330,30 @@ var _ boot.Exporter = (*Client)(nil)
 // ErrGone: no service runs.
 var ErrGone = errors.New("no process serves NFS for these boots")
 
+// startTime is for how long a service is waited for. Several commands may start one at the same time, of which all but one end at once; one that
+// ends holds its place for a moment; one that takes over has overlays to sync first.
+const startTime = 30 * time.Second
+
 // Export has a session served; the service is started for that.
 func (c *Client) Export(ctx context.Context, id string) error {
-	_, err := c.ask(ctx, request{Do: "export", ID: id})
-	if errors.Is(err, ErrGone) && c.Start != nil {
-		if err := c.Start(ctx); err != nil {
+	var failed error // of the last start
+	for end := time.Now().Add(startTime); ; {
+		_, err := c.ask(ctx, request{Do: "export", ID: id})
+		if !errors.Is(err, ErrGone) || c.Start == nil {
 			return err
 		}
-		_, err = c.ask(ctx, request{Do: "export", ID: id})
+		if failed != nil && time.Now().After(end) {
+			return errors.Join(err, failed)
+		}
+		if failed = c.Start(ctx); failed == nil {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(200 * time.Millisecond):
+		}
 	}
-	return err
 }
 
 // Unexport ends the serving of a session. Without a service there is nothing to end.
@@ -371,6 +391,9 @@ func (c *Client) ask(ctx context.Context, req request) (a answer, err error) {
 			err = ErrGone
 		}
 		return a, errors.Join(ctx.Err(), fmt.Errorf("nfsd: %w", err))
+	}
+	if a.Gone {
+		return a, fmt.Errorf("nfsd: %w", ErrGone)
 	}
 	if a.Error != "" {
 		return a, errors.New(a.Error)

@@ -218,7 +218,7 @@ func (f *Folder) create(d *handle, name string, how nfs.Creation) (nfs.ID, error
 	h := &handle{fd: fd, writable: true}
 	if how.Exclusive != nil {
 		err = unix.Fsetxattr(fd, markName, how.Exclusive[:], 0)
-		how.Set = nfs.Change{}
+		how.Set = nfs.Change{UID: how.Set.UID, GID: how.Set.GID}
 	}
 	if err == nil {
 		err = f.finish(d, h, tmp, name, how.Set)

@@ -425,6 +425,7 @@ func (m *Memory) SetAttr(_ context.Context, id nfs.ID, c nfs.Change) error {
 		}
 	}
 	m.set(n, c)
+	n.mark = nil
 	return nil
 }
 
@@ -449,7 +450,7 @@ func (m *Memory) Create(_ context.Context, dir nfs.ID, name string, how nfs.Crea
 		return id, m.again(id, how)
 	}
 	if how.Exclusive != nil {
-		how.Set = nfs.Change{}
+		how.Set = nfs.Change{UID: how.Set.UID, GID: how.Set.GID}
 	}
 	id, n := m.make(nfs.KindFile, how.Set)
 	if how.Exclusive != nil {
