@@ -256,7 +256,10 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 	if errors.Is(err, store.ErrDamaged) && p.base != nil {
 		// The parent's map cannot be read: do without it.
 		rec.Warnings = append(rec.Warnings, fmt.Sprintf("%s: the last point is damaged; the whole disk was read", name))
-		p = plan{why: "full: the last point is damaged"}
+		if p.told != nil { // the comparison did not take place
+			rec.Compared = p.compared
+		}
+		p = plan{why: "full: the last point is damaged", doubt: p.doubt}
 		root, stats, err = r.read(ctx, d, name, p, left)
 	}
 	if err != nil {

@@ -152,6 +152,9 @@ func (c *checker) privileges(ctx context.Context) error {
 	if c.src.cfg.Tracking == TrackingEnable {
 		wanted["VirtualMachine"] = append(slices.Clone(wanted["VirtualMachine"]), trackingPrivilege)
 	}
+	if c.src.cfg.Transport == TransportLease {
+		wanted["VirtualMachine"] = append(slices.Clone(wanted["VirtualMachine"]), "VApp.Export")
+	}
 	if err := c.compare(ctx, "privileges", Failed, of, wanted); err != nil {
 		return err
 	}

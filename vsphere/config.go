@@ -140,7 +140,7 @@ type mappedDisk struct {
 
 func (s *snapshot) mapping() []mappedDisk {
 	out := []mappedDisk{}
-	for _, dev := range disksOf(s.config.Hardware.Device) {
+	for _, dev := range s.src.disksOf(s.config.Hardware.Device) {
 		m := mappedDisk{Skipped: dev.skip, Label: dev.label, Key: dev.key, Controller: dev.kind, Bus: dev.bus, Unit: dev.unit, Size: dev.size,
 			File: dev.file, UUID: dev.uuid, ChangeID: dev.changeID}
 		for i, d := range s.disks {

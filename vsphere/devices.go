@@ -24,6 +24,17 @@ type device struct {
 	backing               types.BaseVirtualDeviceBackingInfo
 }
 
+// disksOf gives the disks among devices, in their order, as far as the source can read them.
+func (s *Source) disksOf(devices []types.BaseVirtualDevice) []device {
+	out := disksOf(devices)
+	for i := range out {
+		if d := &out[i]; d.skip == "" && d.mapping && s.cfg.Transport == TransportFolder {
+			d.skip = "is a raw device: what it holds is not in files, and the config says transport: folder"
+		}
+	}
+	return out
+}
+
 // disksOf gives the disks among devices, in their order.
 func disksOf(devices []types.BaseVirtualDevice) []device {
 	controllers := map[int32]types.BaseVirtualController{}

@@ -37,9 +37,6 @@ func (s *Source) Freeze(ctx context.Context, name string) (backup.Snapshot, erro
 	if err := s.read(ctx, m); err != nil {
 		return nil, m.failed("read its configuration", err)
 	}
-	if m.mo.Config == nil {
-		return nil, fmt.Errorf("vsphere: %s: its configuration cannot be read now: the VM is %s", m.Path, m.mo.Runtime.ConnectionState)
-	}
 	return s.freeze(ctx, m)
 }
 
@@ -49,11 +46,12 @@ func (s *Source) read(ctx context.Context, m *machine) error {
 	if err := s.c.retrieve(ctx, m.ref, frozen, &m.mo); err != nil {
 		return err
 	}
-	m.On = m.mo.Runtime.PowerState == types.VirtualMachinePowerStatePoweredOn
-	if c := m.mo.Config; c != nil {
-		m.Template = c.Template
-		m.Tracked = c.ChangeTrackingEnabled != nil && *c.ChangeTrackingEnabled
+	if m.mo.Config == nil {
+		return fmt.Errorf("its configuration cannot be read now: the VM is %s", m.mo.Runtime.ConnectionState)
 	}
+	m.On = m.mo.Runtime.PowerState == types.VirtualMachinePowerStatePoweredOn
+	c := m.mo.Config
+	m.Template, m.Tracked = c.Template, c.ChangeTrackingEnabled != nil && *c.ChangeTrackingEnabled
 	return nil
 }
 
@@ -149,8 +147,13 @@ const (
 // take makes the snapshot, by the policy.
 func (s *Source) take(ctx context.Context, m *machine, snap *snapshot) error {
 	quiesce := m.On && s.cfg.Quiesce != QuiesceOff
-	if quiesce && s.cfg.Quiesce == QuiesceRequire && !m.toolsRun() {
-		return m.failed("make a snapshot that the guest prepares for", ErrNoTools)
+	if s.cfg.Quiesce == QuiesceRequire && m.mo.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOff {
+		if !m.On {
+			return m.failed("make a snapshot that the guest prepares for", fmt.Errorf("it is %s", m.mo.Runtime.PowerState))
+		}
+		if !m.toolsRun() {
+			return m.failed("make a snapshot that the guest prepares for", ErrNoTools)
+		}
 	}
 	for n := 1; ; n++ {
 		err := s.create(ctx, m, snap, quiesce)

@@ -75,14 +75,18 @@ func (s *Source) RestoreInPlace(ctx context.Context, what InPlace) (done InPlace
 		return done, fmt.Errorf("vsphere: %s: %w", m.Path, err)
 	}
 	if m.Tracked {
-		if err := s.setTracking(ctx, m, false); err != nil {
+		before, err := s.trackings(ctx, m)
+		if err == nil {
+			err = s.setTracking(ctx, m, false)
+		}
+		if err != nil {
 			return done, m.failed("switch changed block tracking off", err)
 		}
 		defer func() {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), trackingTime)
 			defer cancel()
-			if err := s.trackAnew(ctx, m, all); err != nil {
-				done.Warnings = append(done.Warnings, fmt.Sprintf("changed block tracking is switched off now: %v", missing(err)))
+			if w := s.trackAnew(ctx, m, before); w != "" {
+				done.Warnings = append(done.Warnings, w)
 			}
 		}()
 	}
@@ -96,19 +100,54 @@ func (s *Source) RestoreInPlace(ctx context.Context, what InPlace) (done InPlace
 	return done, nil
 }
 
-// trackAnew switches tracking on again, where it is certain that it begins anew: what was written must not be missing in what it tells.
-func (s *Source) trackAnew(ctx context.Context, m *machine, all []rewriting) error {
-	if err := s.setTracking(ctx, m, true); err != nil {
+// trackings gives which tracking each disk is of, by its key. Of a VM that is off only a snapshot tells.
+func (s *Source) trackings(ctx context.Context, m *machine) (map[int32]string, error) {
+	if s.cfg.Journal == nil {
+		return nil, errors.New("vsphere: no journal")
+	}
+	snap := &snapshot{src: s, vm: m}
+	if err := s.create(ctx, m, snap, false); err != nil {
+		return nil, errors.Join(err, snap.remove())
+	}
+	out := map[int32]string{}
+	for _, d := range disksOf(snap.config.Hardware.Device) {
+		out[d.key] = trackingOf(d.changeID)
+	}
+	return out, snap.remove()
+}
+
+// trackAnew switches tracking on again, and off when it is not certain that it begins anew: what was written must not be missing in what it
+// tells. It says what the user should know; empty when all is well.
+func (s *Source) trackAnew(ctx context.Context, m *machine, before map[int32]string) (warning string) {
+	err := s.setTracking(ctx, m, true)
+	if err == nil {
+		err = s.beganAnew(ctx, m, before)
+	}
+	if err == nil {
+		return ""
+	}
+	off := s.settle(ctx, m.ref) // it may have been heard all the same
+	if off == nil {
+		off = s.setTracking(ctx, m, false)
+	}
+	if off == nil {
+		off = s.read(ctx, m)
+	}
+	if off != nil || m.Tracked {
+		return fmt.Sprintf("changed block tracking may be on (%v), though it has not seen what was written: switch it off, or make the next backup with --full", errors.Join(err, off))
+	}
+	return fmt.Sprintf("changed block tracking is switched off now: %v", missing(err))
+}
+
+// beganAnew is an error unless each disk that was tracked is of another tracking than before.
+func (s *Source) beganAnew(ctx context.Context, m *machine, before map[int32]string) error {
+	now, err := s.trackings(ctx, m)
+	if err != nil {
 		return err
 	}
-	if err := s.read(ctx, m); err != nil {
-		return err
-	}
-	for _, now := range disksOf(m.mo.Config.Hardware.Device) {
-		for i := range all {
-			if was := all[i].dev; was.key == now.key && was.changeID != "" && trackingOf(was.changeID) == trackingOf(now.changeID) {
-				return errors.Join(fmt.Errorf("the host would go on with the old tracking of %s, which has not seen what was written", now.label), s.setTracking(ctx, m, false))
-			}
+	for key, was := range before {
+		if was != "" && (now[key] == "" || now[key] == was) {
+			return fmt.Errorf("the host would go on with the old tracking of disk %d, which has not seen what was written", key)
 		}
 	}
 	return nil
@@ -150,8 +189,6 @@ func (s *Source) mayWrite(m *machine, uuid string) error {
 	switch {
 	case s.cfg.VDDK.LibDir == "":
 		return ErrNoWrite
-	case m.mo.Config == nil:
-		return fmt.Errorf("its configuration cannot be read now: the VM is %s", m.mo.Runtime.ConnectionState)
 	case uuid != m.mo.Config.InstanceUuid:
 		return errors.New("this is not the VM that the point is of, but another one of its name")
 	case m.Template:

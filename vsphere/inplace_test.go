@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vmware/govmomi/vim25/types"
+
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/vsphere"
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
@@ -96,6 +98,31 @@ func TestRestoreInPlaceOldTracking(t *testing.T) {
 		t.Errorf("done %+v, %v; tracking is on: %v", done, err, vm.ChangeTracking())
 	}
 	r.wantDisks(r.mustBackup(src, "web"), truth)
+}
+
+// TestRestoreInPlaceTrackingFails: a host that does not say how the switching of tracking went is asked to switch it off.
+func TestRestoreInPlaceTrackingFails(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	r.cfg.VDDK.LibDir = t.TempDir()
+	r.cfg.VDDK.Nbdkit, _ = vspheretest.FakeVDDK(t, filepath.Dir(filepath.Dir(vm.File("x"))))
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	truth := r.truth(vm)
+	vm.WriteAt(0, []byte("changed"), 1000)
+	r.mustBackup(src, "web")
+	vm.PowerOff()
+	// The snapshot that would tell the ids after the restore cannot be made.
+	r.server.Misbehave(func(f *vspheretest.Faults) {
+		f.KeepTracking = true
+		f.Tasks = map[string][]types.BaseMethodFault{"CreateSnapshot_Task": {nil, &types.GenericVmConfigFault{}}}
+	})
+	done, err := src.RestoreInPlace(t.Context(), r.inPlaceOf(p))
+	if err != nil || len(done.Warnings) != 1 || !strings.Contains(done.Warnings[0], "switched off now") || vm.ChangeTracking() {
+		t.Errorf("done %+v, %v; tracking is on: %v", done, err, vm.ChangeTracking())
+	}
+	r.wantDisks(r.mustBackup(src, "web"), truth)
+	r.nothingLeft(vm)
 }
 
 // TestRestoreInPlaceRefused: what is not the VM of the point any more is left alone.

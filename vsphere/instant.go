@@ -82,7 +82,7 @@ func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (war
 		return nil, fmt.Errorf("vsphere: %w", missing(err))
 	}
 	defer in.Destroy(context.WithoutCancel(ctx))
-	host, pool, err := r.findHost(ctx, in, all, p.Host, &was)
+	host, pool, err := r.findHost(ctx, in, all, p.Host, &was, func(types.ManagedObjectReference) bool { return true })
 	if err != nil {
 		return nil, fmt.Errorf("vsphere: %w", err)
 	}
@@ -444,10 +444,15 @@ func (s *Source) Relocate(ctx context.Context, i *Instant, datastore string, pro
 	}
 	defer v.Destroy(context.WithoutCancel(ctx))
 	r := &restoring{src: s, what: &Restore{Datastore: datastore}}
-	if vm.Runtime.Host != nil { // names are only unique in a datacenter
-		r.to.host = *vm.Runtime.Host
+	if vm.Runtime.Host == nil {
+		return fmt.Errorf("vsphere: %s is on no host", i.Name)
 	}
-	to, err := r.findDatastore(ctx, v, nil)
+	r.to.host = *vm.Runtime.Host // names are only unique in a datacenter
+	stores, err := r.stores(ctx, v)
+	if err != nil {
+		return fmt.Errorf("vsphere: %w", missing(err))
+	}
+	to, err := r.chooseStore(stores, datastore)
 	if err != nil {
 		return fmt.Errorf("vsphere: %w", err)
 	}

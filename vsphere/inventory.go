@@ -91,7 +91,7 @@ func (s *Source) list(ctx context.Context) ([]VM, error) {
 	}
 	list := make([]VM, 0, len(vms))
 	for i := range vms {
-		list = append(list, describe(&vms[i], places))
+		list = append(list, s.describe(&vms[i], places))
 	}
 	nameAll(list)
 	slices.SortFunc(list, func(a, b VM) int { return cmp.Or(cmp.Compare(a.Path, b.Path), cmp.Compare(a.ID, b.ID)) })
@@ -143,7 +143,7 @@ func unescape(name string) string {
 	return name
 }
 
-func describe(m *mo.VirtualMachine, p places) VM {
+func (s *Source) describe(m *mo.VirtualMachine, p places) VM {
 	vm := VM{Name: unescape(m.Name), ID: m.Self.Value, On: m.Runtime.PowerState == types.VirtualMachinePowerStatePoweredOn, ref: m.Self}
 	vm.Path = p.path(m.Parent, m.Name)
 	if m.ResourcePool != nil {
@@ -155,7 +155,7 @@ func describe(m *mo.VirtualMachine, p places) VM {
 	}
 	vm.Template, vm.InstanceUUID, vm.Guest = c.Template, c.InstanceUuid, c.GuestFullName
 	vm.Tracked = c.ChangeTrackingEnabled != nil && *c.ChangeTrackingEnabled
-	for _, d := range disksOf(c.Hardware.Device) {
+	for _, d := range s.disksOf(c.Hardware.Device) {
 		if d.skip != "" {
 			vm.Skipped = append(vm.Skipped, d.label+" "+d.skip)
 			continue
@@ -190,10 +190,13 @@ func nameAll(list []VM) {
 	}
 }
 
+// lookUp finds a VM by its name, or else by its path, or else by its id: a VM may be called like another one's id.
 func lookUp(list []VM, name string) (VM, bool) {
-	for _, vm := range list {
-		if vm.Name == name || vm.Path == name || vm.ID == name {
-			return vm, true
+	for _, what := range []func(*VM) string{func(v *VM) string { return v.Name }, func(v *VM) string { return v.Path }, func(v *VM) string { return v.ID }} {
+		for i := range list {
+			if what(&list[i]) == name {
+				return list[i], true
+			}
 		}
 	}
 	return VM{}, false

@@ -255,6 +255,52 @@ func TestLiar(t *testing.T) {
 	r.wantDisks(p, r.truth(vm))
 }
 
+// TestNamedLikeAnID: a VM that is called like the id of another one is itself.
+func TestNamedLikeAnID(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	first := r.add(oneDisk("aaa"))
+	second := r.add(oneDisk(first.Ref().Value))
+	r.write(second, 3)
+	src := r.source()
+	p := r.mustBackup(src, first.Ref().Value)
+	r.wantDisks(p, r.truth(second))
+	if p.VM.UUID != second.InstanceUUID() {
+		t.Error("another VM was backed up")
+	}
+}
+
+// TestMadeAnew: a VM of the name of one that is no more has nothing of its tracking.
+func TestMadeAnew(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	old := r.add(oneDisk("web"))
+	src := r.source()
+	r.mustBackup(src, "web")
+	old.PowerOff()
+	old.Destroy()
+	vm := r.add(oneDisk("web"))
+	r.write(vm, 2)
+	p := r.mustBackup(r.source(), "web")
+	r.wantDisks(p, r.truth(vm))
+	if p.Disks[0].Read == "changes" {
+		t.Error("the changes of another VM's disk were read")
+	}
+}
+
+// TestReverted: a VM that was taken back to a snapshot of its user is read right.
+func TestReverted(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	src := r.source()
+	r.mustBackup(src, "web")
+	was := vm.AddUserSnapshot("mine")
+	then := r.truth(vm)
+	r.write(vm, 3)
+	r.mustBackup(src, "web")
+	vm.Revert(was)
+	p := r.mustBackup(src, "web")
+	r.wantDisks(p, then)
+}
+
 // TestRawDevice: a raw device in virtual mode is no file; where only files are to be read it is left out, and said.
 func TestRawDevice(t *testing.T) {
 	r := newRig(t, vspheretest.Options{})
@@ -794,3 +840,46 @@ type fullDraft struct {
 }
 
 func (f fullDraft) Commit(context.Context, *store.Point) error { return f.err }
+
+// TestLimits: no more snapshots at once than are allowed on a host and on a datastore, and as many.
+func TestLimits(t *testing.T) {
+	for _, c := range []struct {
+		name                        string
+		perHost, perDatastore, most int
+	}{
+		{"host", 2, 8, 2}, {"datastores", 8, 1, 2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, vspheretest.Options{})
+			r.cfg.SnapshotsPerHost, r.cfg.SnapshotsPerDatastore = c.perHost, c.perDatastore
+			const n = 6
+			for i := range n {
+				spec := oneDisk(fmt.Sprint("vm", i))
+				spec.Host, spec.Datastore = r.server.Hosts()[0], r.server.Datastores()[i%2]
+				r.add(spec)
+			}
+			src := r.source()
+			if _, err := src.List(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			var work sync.WaitGroup
+			for i := range n {
+				work.Go(func() {
+					snap, err := src.Freeze(t.Context(), fmt.Sprint("vm", i))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					time.Sleep(200 * time.Millisecond)
+					if err := snap.Close(); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			work.Wait()
+			if got := r.server.Counts().MaxSnapshots; got[""] != c.most {
+				t.Errorf("at once there were %v, want %d in all", got, c.most)
+			}
+		})
+	}
+}

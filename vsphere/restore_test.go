@@ -2,11 +2,13 @@ package vsphere_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -77,13 +79,15 @@ func TestRestore(t *testing.T) {
 			r := newRig(t, vspheretest.Options{ESX: esx})
 			spec := threeDisks("web")
 			spec.Firmware, spec.Networks, spec.CPUs, spec.Memory = "efi", []string{"VM Network"}, 3, 1536
-			spec.ExtraConfig = map[string]string{"disk.EnableUUID": "TRUE", "sched.swap.derivedName": "/vmfs/x.vswp"}
+			spec.ExtraConfig = map[string]string{"disk.EnableUUID": "TRUE", "sched.swap.derivedName": "/vmfs/x.vswp", "scsi0.pciSlotNumber": "160", "guestinfo.role": "a \"b\""}
+			spec.SecureBoot = true
 			if esx {
 				spec.Folder = ""
 			} else {
 				spec.Networks = append(spec.Networks, "DC0_DVPG0")
 			}
 			vm := r.add(spec)
+			vm.Describe(func(c *types.VirtualMachineConfigInfo) { c.Hardware.NumCoresPerSocket = types.NewInt32(3) })
 			src := r.source()
 			p := r.mustBackup(src, "web")
 			truth := r.truth(vm)
@@ -112,6 +116,8 @@ func TestRestore(t *testing.T) {
 			// What it is like the second backup tells, by what the server says of it.
 			second := r.mustBackup(src, "web-restored")
 			r.wantSame(p, second)
+			r.wantSamePlaces(p, second)
+			r.wantSameVMX(p, second)
 		})
 	}
 }
@@ -126,7 +132,15 @@ func (r *rig) wantSame(a, b *store.Point) {
 		}
 	}
 	text := func(c *types.VirtualMachineConfigInfo) string {
-		out := fmt.Sprintln(c.Firmware, c.Hardware.NumCPU, c.Hardware.MemoryMB, c.GuestId, c.Version)
+		out := fmt.Sprintln(c.Firmware, c.Hardware.NumCPU, *c.Hardware.NumCoresPerSocket, c.Hardware.MemoryMB, c.GuestId, c.Version)
+		if c.BootOptions != nil && c.BootOptions.EfiSecureBootEnabled != nil {
+			out += fmt.Sprintln("secure boot", *c.BootOptions.EfiSecureBootEnabled)
+		}
+		for _, o := range c.ExtraConfig {
+			if v := o.GetOptionValue(); strings.HasPrefix(v.Key, "guestinfo.") || strings.HasSuffix(v.Key, "pciSlotNumber") {
+				out += fmt.Sprintln(v.Key, v.Value)
+			}
+		}
 		for _, d := range c.Hardware.Device {
 			switch v := d.(type) {
 			case *types.VirtualDisk:
@@ -163,6 +177,104 @@ func (r *rig) wantSame(a, b *store.Point) {
 			r.t.Error("it is connected when it is switched on")
 		}
 	}
+}
+
+// wantSamePlaces compares where two VMs have their disks.
+func (r *rig) wantSamePlaces(a, b *store.Point) {
+	r.t.Helper()
+	type place struct {
+		Disk, Controller string
+		Bus, Unit        int
+		Size             int64 `json:"bytes"`
+	}
+	var at [2][]place
+	for i, p := range []*store.Point{a, b} {
+		if err := json.Unmarshal(r.configFile(p, "disks.json"), &at[i]); err != nil {
+			r.t.Fatal(err)
+		}
+		slices.SortFunc(at[i], func(a, b place) int { return strings.Compare(a.Disk, b.Disk) })
+	}
+	for i := range at[0] { // a disk may be longer by what makes it whole KiB
+		at[0][i].Size = (at[0][i].Size + 1023) &^ 1023
+	}
+	if !slices.Equal(at[0], at[1]) {
+		r.t.Errorf("the disks were at %+v and are at %+v", at[0], at[1])
+	}
+}
+
+// vmxOwn are what is of one VM alone in its .vmx: names, places, identities, and what is not taken along on purpose.
+var vmxOwn = regexp.MustCompile(`(?i)^(displayName|nvram|uuid\.|vc\.uuid|.*\.fileName|.*address|.*addressType|sched\.swap|ctkEnabled|.*\.startConnected)`)
+
+// wantSameVMX compares the .vmx of two VMs, but for what is of one alone.
+func (r *rig) wantSameVMX(a, b *store.Point) {
+	r.t.Helper()
+	var lines [2][]string
+	for i, p := range []*store.Point{a, b} {
+		for line := range strings.Lines(string(r.configFile(p, p.VM.Name+".vmx"))) {
+			if !vmxOwn.MatchString(line) {
+				lines[i] = append(lines[i], strings.TrimSpace(line))
+			}
+		}
+		slices.Sort(lines[i])
+	}
+	if len(lines[0]) < 15 || !slices.Equal(lines[0], lines[1]) {
+		r.t.Errorf("the .vmx was\n%s\nand is\n%s", strings.Join(lines[0], "\n"), strings.Join(lines[1], "\n"))
+	}
+}
+
+// TestRestoreIdentity: a VM that replaces the old one has its UUIDs and addresses.
+func TestRestoreIdentity(t *testing.T) {
+	needsQemuImg(t)
+	r := newRig(t, vspheretest.Options{})
+	spec := oneDisk("web")
+	spec.Networks = []string{"VM Network"}
+	vm := r.add(spec)
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	uuid := vm.InstanceUUID()
+	what := r.restoreOf(p, "web")
+	what.Name, what.KeepIdentity = "web-again", true
+	if _, err := src.Restore(t.Context(), what); err != nil {
+		t.Fatal(err)
+	}
+	second := r.mustBackup(src, "web-again")
+	if second.VM.UUID != uuid {
+		t.Errorf("its UUID is %s, not %s", second.VM.UUID, uuid)
+	}
+	mac := regexp.MustCompile(`ethernet0\.generatedAddress = "(.*)"`)
+	was, is := mac.FindSubmatch(r.configFile(p, "web.vmx")), mac.FindSubmatch(r.configFile(second, "web-again.vmx"))
+	if was == nil || is == nil || string(was[1]) != string(is[1]) {
+		t.Errorf("its address is %s, not %s", is, was)
+	}
+}
+
+// TestRestoreWhereTheStoreIs: the host is one that has the datastore, whichever the VM was on.
+func TestRestoreWhereTheStoreIs(t *testing.T) {
+	needsQemuImg(t)
+	r := newRig(t, vspheretest.Options{})
+	hosts := r.server.Hosts()
+	spec := oneDisk("web")
+	spec.Host = hosts[0]
+	vm := r.add(spec)
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	r.server.SetDatastoreHosts("LocalDS_1", hosts[1])
+	what := r.restoreOf(p, "there")
+	what.Datastore = "LocalDS_1"
+	made, err := src.Restore(t.Context(), what)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(made.Warnings) > 0 {
+		t.Errorf("warnings %q", made.Warnings)
+	}
+	r.server.SetDatastoreHosts("LocalDS_1")
+	what = r.restoreOf(p, "nowhere")
+	what.Datastore = "LocalDS_1"
+	if _, err := src.Restore(t.Context(), what); !errors.Is(err, vsphere.ErrNoTarget) {
+		t.Errorf("no host has it: %v", err)
+	}
+	r.nothingLeft(vm)
 }
 
 // TestRestoreElsewhere: a point of another platform, and places that are told.

@@ -63,10 +63,29 @@ func (r *restoring) find(ctx context.Context) error {
 		return err
 	}
 	defer in.Destroy(context.WithoutCancel(ctx))
-	if r.to.host, r.to.pool, err = r.findHost(ctx, in, all, "", &was); err != nil {
+	stores, err := r.stores(ctx, in)
+	if err != nil {
 		return err
 	}
-	return r.findStores(ctx, in, &was)
+	want, err := r.wantedStore(stores, &was)
+	if err != nil {
+		return err
+	}
+	has := func(host types.ManagedObjectReference) bool { return want == "" || onHost(stores[want], host) }
+	if r.to.host, r.to.pool, err = r.findHost(ctx, in, all, "", &was, has); err != nil {
+		return err
+	}
+	if _, err := r.chooseStore(stores, want); err != nil {
+		return err
+	}
+	var nets []mo.Network
+	if err := in.Retrieve(ctx, []string{"Network"}, []string{"name"}, &nets); err != nil {
+		return err
+	}
+	for _, n := range nets {
+		r.to.networks = append(r.to.networks, thing{unescape(n.Name), n.Self})
+	}
+	return nil
 }
 
 // inDatacenter is a view of what is in the datacenter that was found: names are unique in one, not in a server.
@@ -127,40 +146,70 @@ func vmFolder(all places, ref types.ManagedObjectReference) bool {
 	return false
 }
 
-// findHost finds the host that is to run the VM and a resource pool of its cluster: those that are told, or that the old VM had, or else the first.
-func (r *restoring) findHost(ctx context.Context, in *view.ContainerView, all places, want string, was *inventory) (host, pool types.ManagedObjectReference, err error) {
-	var hosts []mo.HostSystem
-	if err := in.Retrieve(ctx, []string{"HostSystem"}, []string{"name", "parent", "runtime.connectionState", "runtime.inMaintenanceMode"}, &hosts); err != nil {
+// able are hosts that can run VMs, each with its pools.
+type ableHost struct {
+	ref   types.ManagedObjectReference
+	name  string
+	pool  types.ManagedObjectReference // that is wanted, or the root
+	pools []string                     // names of all
+	ranks [3]int                       // the lowest first
+}
+
+// findHost finds the host that is to run the VM and a resource pool of its cluster: those that are told; or one that has the datastore, is the one
+// that the old VM was on, has the pool that it was in, in that order.
+func (r *restoring) findHost(ctx context.Context, in *view.ContainerView, all places, want string, was *inventory, has func(host types.ManagedObjectReference) bool) (host, pool types.ManagedObjectReference, err error) {
+	hosts, names, err := r.ableHosts(ctx, in, all, want, was, has)
+	if err != nil {
 		return host, pool, err
 	}
-	slices.SortFunc(hosts, func(a, b mo.HostSystem) int {
-		if aWas, bWas := unescape(a.Name) == was.Host, unescape(b.Name) == was.Host; aWas != bWas {
-			return map[bool]int{true: -1, false: 1}[aWas]
+	var pools []string
+	for _, h := range hosts {
+		if pools = append(pools, h.pools...); h.pool.Value == "" || r.what.Datastore != "" && h.ranks[0] > 0 {
+			continue
 		}
-		return strings.Compare(a.Name, b.Name)
-	})
-	var able, pools []string
+		if r.what.Pool == "" && was.Pool != "" && !slices.Contains(h.pools, was.Pool) {
+			r.warnf("there is no resource pool %s: it is in %s", was.Pool, unescape(all[h.pool].Name))
+		}
+		return h.ref, h.pool, nil
+	}
+	if slices.Sort(pools); r.what.Pool != "" && len(pools) > 0 && !slices.Contains(pools, r.what.Pool) {
+		return host, pool, fmt.Errorf("resource pool %q: %w; there are %q", r.what.Pool, ErrNoTarget, slices.Compact(pools))
+	}
+	if len(hosts) > 0 {
+		return host, pool, fmt.Errorf("no host has the datastore %q and the resource pool %q: %w", r.what.Datastore, r.what.Pool, ErrNoTarget)
+	}
+	return host, pool, fmt.Errorf("host %q: %w, or cannot run VMs now; there are %q", want, ErrNoTarget, names)
+}
+
+// ableHosts lists the hosts that can run VMs, the best first; names are those of all that can, whatever is wanted.
+func (r *restoring) ableHosts(ctx context.Context, in *view.ContainerView, all places, want string, was *inventory, has func(host types.ManagedObjectReference) bool) (able []ableHost, names []string, err error) {
+	var hosts []mo.HostSystem
+	if err := in.Retrieve(ctx, []string{"HostSystem"}, []string{"name", "parent", "runtime.connectionState", "runtime.inMaintenanceMode"}, &hosts); err != nil {
+		return nil, nil, err
+	}
 	for _, h := range hosts {
 		if h.Parent == nil || h.Runtime.ConnectionState != types.HostSystemConnectionStateConnected || h.Runtime.InMaintenanceMode {
 			continue
 		}
-		able = append(able, unescape(h.Name))
-		if want != "" && unescape(h.Name) != want {
+		a := ableHost{ref: h.Self, name: unescape(h.Name)}
+		if names = append(names, a.name); want != "" && a.name != want {
 			continue
 		}
-		pool, names, err := r.findPool(ctx, all, *h.Parent, was.Pool)
-		if err != nil {
-			return host, pool, err
+		if a.pool, a.pools, err = r.findPool(ctx, all, *h.Parent, was.Pool); err != nil {
+			return nil, nil, err
 		}
-		if pools = append(pools, names...); pool.Value != "" {
-			return h.Self, pool, nil
+		for i, good := range []bool{has(h.Self), a.name == was.Host, was.Pool == "" || slices.Contains(a.pools, was.Pool)} {
+			if !good {
+				a.ranks[i] = 1
+			}
 		}
+		able = append(able, a)
 	}
-	if r.what.Pool != "" && len(pools) > 0 {
-		slices.Sort(pools)
-		return host, pool, fmt.Errorf("resource pool %q: %w; there are %q", r.what.Pool, ErrNoTarget, slices.Compact(pools))
-	}
-	return host, pool, fmt.Errorf("host %q: %w, or cannot run VMs now; there are %q", want, ErrNoTarget, able)
+	slices.SortFunc(able, func(a, b ableHost) int {
+		return cmp.Or(slices.Compare(a.ranks[:], b.ranks[:]), strings.Compare(a.name, b.name))
+	})
+	slices.Sort(names)
+	return able, names, nil
 }
 
 // findPool finds a pool of a host or cluster: that of the name, which may not be there, or the old VM's, or the root. names are those that there are.
@@ -175,17 +224,16 @@ func (r *restoring) findPool(ctx context.Context, all places, owner types.Manage
 	if r.what.Pool == "" {
 		found = *c.ResourcePool
 	}
-	for ref, e := range all {
+	refs := slices.SortedFunc(maps.Keys(all), func(a, b types.ManagedObjectReference) int { return strings.Compare(a.Value, b.Value) })
+	for _, ref := range refs {
 		if ref.Type != "ResourcePool" || !below(all, ref, *c.ResourcePool) {
 			continue
 		}
-		name := unescape(e.Name)
-		if names = append(names, name); name == cmp.Or(r.what.Pool, was) {
+		name := unescape(all[ref].Name)
+		if !slices.Contains(names, name) && name == cmp.Or(r.what.Pool, was) { // the first of a name
 			found = ref
 		}
-	}
-	if r.what.Pool == "" && was != "" && !slices.Contains(names, was) {
-		r.warnf("there is no resource pool %s: it is in %s", was, unescape(all[found].Name))
+		names = append(names, name)
 	}
 	return found, names, nil
 }
@@ -213,52 +261,64 @@ func namesIn(list []thing) []string {
 	return slices.Compact(out)
 }
 
-// findStores finds the datastore, and what networks there are.
-func (r *restoring) findStores(ctx context.Context, v *view.ContainerView, was *inventory) error {
-	if _, err := r.findDatastore(ctx, v, was); err != nil {
-		return err
+// stores are the datastores that can be used, by name: those of the host once that is chosen.
+func (r *restoring) stores(ctx context.Context, v *view.ContainerView) (map[string]*mo.Datastore, error) {
+	var list []mo.Datastore
+	if err := v.Retrieve(ctx, []string{"Datastore"}, []string{"name", "summary", "host"}, &list); err != nil {
+		return nil, err
 	}
-	var nets []mo.Network
-	if err := v.Retrieve(ctx, []string{"Network"}, []string{"name"}, &nets); err != nil {
-		return err
+	out := map[string]*mo.Datastore{}
+	for i := range list {
+		if list[i].Summary.Accessible && (r.to.host.Value == "" || onHost(&list[i], r.to.host)) {
+			out[list[i].Name] = &list[i]
+		}
 	}
-	for _, n := range nets {
-		r.to.networks = append(r.to.networks, thing{unescape(n.Name), n.Self})
-	}
-	return nil
+	return out, nil
 }
 
-// findDatastore finds the datastore: as told, or one that the old VM was on. was may be nil.
-func (r *restoring) findDatastore(ctx context.Context, v *view.ContainerView, was *inventory) (ref types.ManagedObjectReference, err error) {
-	var stores []mo.Datastore
-	if err := v.Retrieve(ctx, []string{"Datastore"}, []string{"name", "summary", "host"}, &stores); err != nil {
-		return ref, err
+// onHost reports whether a host has a datastore.
+func onHost(d *mo.Datastore, host types.ManagedObjectReference) bool {
+	return slices.ContainsFunc(d.Host, func(m types.DatastoreHostMount) bool { return m.Key == host })
+}
+
+// wantedStore is the datastore that is told, or one that the old VM was on; empty when that is no more.
+func (r *restoring) wantedStore(stores map[string]*mo.Datastore, was *inventory) (string, error) {
+	if want := r.what.Datastore; want != "" {
+		if stores[want] == nil {
+			return "", noStore(want, stores)
+		}
+		return want, nil
 	}
-	usable := map[string]types.ManagedObjectReference{}
-	for _, d := range stores {
-		onHost := slices.ContainsFunc(d.Host, func(m types.DatastoreHostMount) bool { return m.Key == r.to.host })
-		if d.Summary.Accessible && (onHost || r.to.host.Value == "") {
-			usable[d.Name] = d.Self
+	for _, name := range append([]string{r.home()}, slices.Sorted(maps.Values(was.Datastores))...) {
+		if stores[name] != nil {
+			return name, nil
 		}
 	}
-	want := r.what.Datastore
-	if want == "" && was != nil {
-		for _, name := range append(slices.Sorted(maps.Values(was.Datastores)), r.home()) { // the last that is there
-			if _, ok := usable[name]; ok {
-				want = name
-			}
+	return "", nil
+}
+
+func noStore(want string, stores map[string]*mo.Datastore) error {
+	return fmt.Errorf("datastore %q: %w; there are %q", want, ErrNoTarget, slices.Sorted(maps.Keys(stores)))
+}
+
+// chooseStore gives the wanted datastore, if the host has it, or the only one that it has.
+func (r *restoring) chooseStore(stores map[string]*mo.Datastore, want string) (ref types.ManagedObjectReference, err error) {
+	on := map[string]*mo.Datastore{}
+	for name, d := range stores {
+		if onHost(d, r.to.host) {
+			on[name] = d
 		}
 	}
-	names := slices.Sorted(maps.Keys(usable))
-	if want == "" && len(names) == 1 {
-		want = names[0]
+	if on[want] == nil && r.what.Datastore == "" && len(on) == 1 {
+		for name := range on {
+			want = name
+		}
 	}
-	ref, ok := usable[want]
-	if !ok {
-		return ref, fmt.Errorf("datastore %q: %w; there are %q", want, ErrNoTarget, names)
+	if on[want] == nil {
+		return ref, noStore(want, on)
 	}
 	r.to.datastoreName = want
-	return ref, nil
+	return on[want].Self, nil
 }
 
 // home is the datastore of the old VM's configuration file; empty when unknown.

@@ -64,12 +64,9 @@ func (s *snapshot) Disks() []backup.Disk {
 
 // open opens the disks.
 func (s *snapshot) open(ctx context.Context) error {
-	all := disksOf(s.config.Hardware.Device)
-	live := disksOf(s.vm.mo.Config.Hardware.Device)
+	all := s.src.disksOf(s.config.Hardware.Device)
+	live := s.src.disksOf(s.vm.mo.Config.Hardware.Device)
 	for _, dev := range all {
-		if dev.skip == "" && dev.mapping && s.src.cfg.Transport == TransportFolder {
-			dev.skip = "is a raw device: what it holds is not in files, and the config says transport: folder"
-		}
 		if dev.skip != "" {
 			s.warn(fmt.Sprintf("%s (%s) is not in this point: it %s", dev.label, dev.file, dev.skip))
 			continue

@@ -142,6 +142,17 @@ func (s *Server) SetFreeSpace(name string, n int64) {
 	s.changeDatastore(ds, types.PropertyChange{Name: "summary.freeSpace", Val: n})
 }
 
+// SetDatastoreHosts says which hosts have a datastore mounted.
+func (s *Server) SetDatastoreHosts(name string, hosts ...string) {
+	ds, err := s.datastore(name)
+	s.must(err)
+	var mounts []types.DatastoreHostMount
+	for _, h := range hosts {
+		mounts = append(mounts, types.DatastoreHostMount{Key: *s.host(h)})
+	}
+	s.changeDatastore(ds, types.PropertyChange{Name: "host", Val: mounts})
+}
+
 func (s *Server) changeDatastore(ds *simulator.Datastore, change types.PropertyChange) {
 	ctx := s.context()
 	ctx.WithLock(ds, func() { ctx.Update(ds, []types.PropertyChange{change}) })

@@ -134,7 +134,13 @@ func vmxDevice(kv map[string]string, all []types.BaseVirtualDevice, dev types.Ba
 		kv[name+".mode"] = strings.ReplaceAll(strings.TrimPrefix(mode, "persistent"), "_", "-")
 	case types.BaseVirtualEthernetCard:
 		card := dev.GetVirtualEthernetCard()
-		name := fmt.Sprintf("ethernet%d", card.Key-4000)
+		number := 0 // of the card among all
+		for _, d := range all {
+			if other, ok := d.(types.BaseVirtualEthernetCard); ok && other.GetVirtualEthernetCard().Key < card.Key {
+				number++
+			}
+		}
+		name := fmt.Sprintf("ethernet%d", number)
 		kv[name+".present"], kv[name+".virtualDev"], kv[name+".generatedAddress"] = "TRUE", "vmxnet3", card.MacAddress
 		kv[name+".addressType"] = "vpx"
 		if b, ok := card.Backing.(*types.VirtualEthernetCardNetworkBackingInfo); ok {

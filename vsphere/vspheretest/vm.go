@@ -282,3 +282,6 @@ func (vm *VM) layerAt(root, file string) (*disk, *layer) {
 func setDevices(ctx *simulator.Context, obj mo.Reference, devices []types.BaseVirtualDevice) {
 	ctx.Update(obj, []types.PropertyChange{{Name: "config.hardware.device", Val: devices}})
 }
+
+// Destroy removes the VM and its files. It is off.
+func (vm *VM) Destroy() { vm.destroy(vm.s.context()) }
