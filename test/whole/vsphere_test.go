@@ -279,7 +279,8 @@ func TestVSphereMany(t *testing.T) {
 	}
 	c := l.server.Counts()
 	t.Logf("%v, %d MiB, %d connections and %d snapshots at once, %d calls", res.took, res.rss>>20, c.MaxConnections, c.MaxSnapshots[""], vspheretest.Sum(c.Calls))
-	if c.MaxSnapshots[""] > atOnce || c.MaxConnections > 40 || res.rss > 400<<20 {
+	// Less memory than the disks have bytes, and as many VMs at once as were asked for.
+	if c.MaxSnapshots[""] != atOnce || c.MaxConnections > 40 || res.rss > 150<<20 {
 		t.Errorf("%d snapshots and %d connections at once, %d MiB of memory", c.MaxSnapshots[""], c.MaxConnections, res.rss>>20)
 	}
 	if c.Snapshots != 0 || c.Sessions != 0 {
