@@ -883,3 +883,57 @@ func TestLimits(t *testing.T) {
 		})
 	}
 }
+
+// TestResume: a download whose connection is lost goes on at the byte where it was.
+func TestResume(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	var mu sync.Mutex
+	var offsets []int64
+	r.server.SetHooks(vspheretest.Hooks{
+		OnFrozen: func(vm *vspheretest.VM, _ string) { r.freeze(vm) },
+		OnRead: func(file string, off, _ int64) {
+			if strings.Contains(file, "-flat") {
+				mu.Lock()
+				defer mu.Unlock()
+				offsets = append(offsets, off)
+			}
+		},
+	})
+	r.server.Misbehave(func(f *vspheretest.Faults) { f.FolderCut, f.FolderCuts = 10_000, 6 })
+	p := r.mustBackup(r.source(), "web")
+	r.wantDisks(p, r.truth(vm))
+	middle := 0 // of a piece; pieces are whole chunks
+	for _, off := range offsets {
+		if off%(64<<10) != 0 {
+			middle++
+		}
+	}
+	if middle == 0 {
+		t.Errorf("all reads began at the beginning of a piece: %v", offsets)
+	}
+}
+
+// TestNoChangeIDAfterEnabling: tracking that was just switched on and gives no change id yet is no reason to fail, and is said.
+func TestNoChangeIDAfterEnabling(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	spec := oneDisk("web")
+	spec.ChangeTracking = false
+	vm := r.add(spec)
+	r.cfg.Tracking = vsphere.TrackingUse
+	p := r.mustBackup(r.source(), "web")
+	r.wantDisks(p, r.truth(vm))
+	if p.Disks[0].ChangeID != "" {
+		t.Error("a VM without tracking has a change id")
+	}
+	r.cfg.Tracking = vsphere.TrackingEnable
+	for range 3 {
+		r.write(vm, 1)
+		p = r.mustBackup(r.source(), "web")
+		r.wantDisks(p, r.truth(vm))
+	}
+	if p.Disks[0].ChangeID == "" || !vm.ChangeTracking() {
+		t.Error("tracking was not switched on")
+	}
+	r.wantRead(p, "changes")
+}

@@ -84,7 +84,14 @@ func (c *call) exporter(root string) *nfsd.Client {
 		if err := c.resolve(needRepository); err != nil {
 			return err
 		}
-		words := []string{"boot", "serve", "--boots=" + root, "--nfs=" + c.String("nfs"), "--portmap=" + c.String("portmap"), "--idle=" + serviceIdle.String()}
+		at := nfsd.Addresses{Listen: c.String("nfs"), Portmap: c.String("portmap")}
+		if last, ok := nfsd.LastAddresses(root); ok && !c.IsSet("nfs") && !c.IsSet("portmap") {
+			at = last
+		}
+		if at.Portmap == "" {
+			at.Portmap = "off"
+		}
+		words := []string{"boot", "serve", "--boots=" + root, "--nfs=" + at.Listen, "--portmap=" + at.Portmap, "--idle=" + serviceIdle.String()}
 		word, _, err := c.goBackground(ctx, words)
 		if err == nil && word == "" {
 			err = errors.New("the NFS service ended before it was ready")

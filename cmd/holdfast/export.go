@@ -192,8 +192,8 @@ func (o *openedDisks) close() error {
 }
 
 // openDisks opens the disks that are exported.
-func (c *call) openDisks(r *store.Repo, p *store.Point) (o *openedDisks, err error) {
-	o = &openedDisks{dir: c.String("overlay")}
+func (c *call) openDisks(r *store.Repo, p *store.Point) (_ *openedDisks, err error) {
+	o := &openedDisks{dir: c.String("overlay")}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, o.close())

@@ -133,6 +133,8 @@ func TestInstantRecovery(t *testing.T) {
 	wrote := make(chan struct{})
 	go func() { defer close(wrote); write(50) }()
 	time.Sleep(300 * time.Millisecond)
+	l.as = l.as[:len(l.as)-3] // it is where it was, without being told again
+	l.as = append(l.as, "HOLDFAST_CONFIG="+l.config)
 	l.must(t, "boot", "ls")
 	select {
 	case <-wrote:

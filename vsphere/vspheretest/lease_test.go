@@ -196,9 +196,9 @@ func (c *client) importVApp(spec *types.VirtualMachineImportSpec) *nfc.Lease {
 	return nfc.NewLease(c.Client.Client, res.Returnval)
 }
 
-func put(t testing.TB, url string, b []byte) (*http.Response, error) {
+func post(t testing.TB, url string, b []byte) (*http.Response, error) {
 	t.Helper()
-	r, err := http.NewRequest("PUT", url, bytes.NewReader(b))
+	r, err := http.NewRequest("POST", url, bytes.NewReader(b))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,7 +227,7 @@ func TestImport(t *testing.T) {
 	info := c.leaseInfo(l)
 	truth := [][]byte{append(noise(1, 1<<20), make([]byte, diskSize-1<<20)...), noise(2, 1<<20)}
 	for i, u := range info.DeviceUrl {
-		if res, err := put(t, u.Url, streamOptimized(t, truth[i])); err != nil || res.StatusCode != http.StatusCreated {
+		if res, err := post(t, u.Url, streamOptimized(t, truth[i])); err != nil || res.StatusCode != http.StatusCreated {
 			t.Fatalf("upload: %v, %v", res, err)
 		}
 	}
@@ -255,7 +255,7 @@ func TestImportRefuses(t *testing.T) {
 	for i, bad := range [][]byte{whole[:len(whole)/2], noise(3, 5000), streamOptimized(t, noise(1, 2<<20))} {
 		l := c.importVApp(c.importSpec("back01", 1<<20))
 		info := c.leaseInfo(l)
-		if res, err := put(t, info.DeviceUrl[0].Url, bad); err != nil || res.StatusCode != http.StatusInternalServerError {
+		if res, err := post(t, info.DeviceUrl[0].Url, bad); err != nil || res.StatusCode != http.StatusInternalServerError {
 			t.Errorf("upload %d: %v, %v", i, res, err)
 		}
 		if err := l.Complete(c.ctx); err == nil {

@@ -70,6 +70,7 @@ const (
 	dirName     = "nfs"
 	lockName    = "lock"
 	controlName = "control.sock"
+	addressName = "address.json"
 )
 
 // Run serves until ctx ends. ready is called when clients and commands are answered.
@@ -99,6 +100,9 @@ func (s *Service) Run(ctx context.Context, ready func()) (err error) {
 			return err
 		}
 	}
+	if err := s.keepAddresses(dir); err != nil {
+		return err
+	}
 	control := filepath.Join(dir, controlName)
 	os.Remove(control) // of a process that is no more
 	ln, err := net.Listen("unix", control)
@@ -119,6 +123,30 @@ func (s *Service) Run(ctx context.Context, ready func()) (err error) {
 	ln.Close()
 	work.Wait()
 	return err
+}
+
+// Addresses are where NFS was served the last time: hosts that have mounted an export look for it there.
+type Addresses struct {
+	Listen  string `json:"listen"`
+	Portmap string `json:"portmap"`
+}
+
+func (s *Service) keepAddresses(dir string) error {
+	text, err := json.Marshal(Addresses{s.Listen, s.Portmap})
+	if err != nil {
+		return err
+	}
+	tmp := filepath.Join(dir, addressName+".new")
+	if err := os.WriteFile(tmp, text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, filepath.Join(dir, addressName))
+}
+
+// LastAddresses gives where NFS was served for boots the last time; ok is false when it never was.
+func LastAddresses(root string) (a Addresses, ok bool) {
+	text, err := os.ReadFile(filepath.Join(root, dirName, addressName))
+	return a, err == nil && json.Unmarshal(text, &a) == nil && a.Listen != ""
 }
 
 // serveAgain exports what was exported before.
