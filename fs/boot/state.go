@@ -95,12 +95,7 @@ func (s *State) save() error {
 	if err != nil {
 		return err
 	}
-	d, err := os.Open(s.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return syncDir(s.dir)
 }
 
 func load(dir string) (*State, error) {
