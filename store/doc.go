@@ -25,11 +25,11 @@
 //	points/<32 hex>   one manifest per restore point
 //	gc/state          which packs are about to be removed; no reader needs it
 //	verify/state      what is known to be damaged; no reader needs it
-//	notes/KIND-NAME   hints about VMs and points; no reader needs them
+//	notes/KIND-NAME   what is known about VMs and points beside what they are; no reader needs them
 //
 // and, in a local directory, what is not part of the format: index/ (Badger), tmp/
 // (objects being written), leases/ (who is at work), config.lock and verify.lock (see below),
-// forget.lock (held by a program that decides what to forget, and forgets it), reserve (room for
+// forget.lock (held by a program that decides what to forget, and forgets it, or pins a point), reserve (room for
 // what makes room on a full disk), owner.lock and owner.sock (see store/remote).
 //
 // An object is written under another name, synced, renamed, and its directory synced:
@@ -324,6 +324,10 @@
 // derive("holdfast repository v1 note name", M). Header and sealing are those of verify/state, with
 // "HFNOTE", two zero bytes, and the key derive("holdfast repository v1 note", M | salt). The plaintext
 // is the length of the name of the thing, u16, that name, and the rest as its kind has it.
+//
+// A note of the kind "pin", by which its point is not to be forgotten, is JSON: "id" (its name), "point", "since", "what" and "host" say
+// who needs the point, "home" and "place" where whoever it is can be looked for. It is written under forget.lock, where the medium has locks, so
+// that it never comes between a decision to forget and its end.
 //
 // # Index
 //

@@ -39,7 +39,8 @@ func (r *Repo) LockForget(ctx context.Context) (unlock func(), err error) {
 //
 // All manifests are looked at before the first is removed, since they alone say what is
 // locked at now: with a locked one (ErrLockedPoint), or one that cannot be read (ErrDamaged: its lock is
-// unknown), nothing is removed. After any other error done has the points that are gone.
+// unknown), nothing is removed; nor with one that is pinned (ErrPinned). Between the call of LockForget and its end
+// nobody pins a point. After any other error done has the points that are gone.
 func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) (done []PointID, err error) {
 	return r.forget(ctx, ids, now, false)
 }
@@ -66,6 +67,9 @@ func (r *Repo) forget(ctx context.Context, ids []PointID, now time.Time, damaged
 		if _, ok := listed[list[i].ID]; ok {
 			listed[list[i].ID] = &list[i]
 		}
+	}
+	if err := r.nonePinned(ctx, ids); err != nil {
+		return nil, err
 	}
 	for _, id := range ids {
 		if err := r.mayForget(ctx, id, listed[id], now, damaged); err != nil {

@@ -37,7 +37,7 @@ func (r *Repo) noteObject(kind, of string) string {
 }
 
 // SetNote keeps data about something beside the points, such as what was seen of a point when it was booted. It
-// replaces what the repository has under the same kind and name. A note is a hint: no point
+// replaces what the repository has under the same kind and name. No reader of a point
 // needs one, gc and copies know nothing of them. kind is short and of letters.
 func (r *Repo) SetNote(ctx context.Context, kind, of string, data []byte) error {
 	if len(data) > maxNote || len(of) > 1<<15 {
@@ -62,12 +62,21 @@ func (r *Repo) SetNote(ctx context.Context, kind, of string, data []byte) error 
 // Note gives what SetNote kept. ErrNotExist, ErrDamaged, ErrNewerFormat.
 func (r *Repo) Note(ctx context.Context, kind, of string) ([]byte, error) {
 	name := r.noteObject(kind, of)
+	got, data, err := r.openNote(ctx, name)
+	if err == nil && got != of {
+		return nil, &DamageError{What: name, Err: errors.New("is of something else")}
+	}
+	return data, err
+}
+
+// openNote gives what is in an object, and of what that is.
+func (r *Repo) openNote(ctx context.Context, name string) (of string, data []byte, err error) {
 	b, err := readObject(ctx, r.bucket, name, maxNote+1<<20)
 	if err != nil {
-		return nil, fmt.Errorf("store: note: %w", err)
+		return "", nil, fmt.Errorf("store: note: %w", err)
 	}
-	damaged := func(why string) ([]byte, error) {
-		return nil, &DamageError{What: name, Err: errors.New(why)}
+	damaged := func(why string) (string, []byte, error) {
+		return "", nil, &DamageError{What: name, Err: errors.New(why)}
 	}
 	if len(b) < noteHeaderLen+tagLen+sealedCheck || [8]byte(b) != noteMagic {
 		return damaged("header")
@@ -76,7 +85,7 @@ func (r *Repo) Note(ctx context.Context, kind, of string) ([]byte, error) {
 		return damaged("checksum")
 	}
 	if v := binary.LittleEndian.Uint32(b[8:]); v > noteVersion {
-		return nil, fmt.Errorf("%s: %w", name, ErrNewerFormat)
+		return "", nil, fmt.Errorf("%s: %w", name, ErrNewerFormat)
 	}
 	if [16]byte(b[16:]) != r.id {
 		return damaged("belongs to another repository")
@@ -89,10 +98,15 @@ func (r *Repo) Note(ctx context.Context, kind, of string) ([]byte, error) {
 		return damaged("length")
 	}
 	n := 2 + int(binary.LittleEndian.Uint16(plain))
-	if string(plain[2:n]) != of {
-		return damaged("is of something else")
+	return string(plain[2:n]), plain[n:], nil
+}
+
+// dropNote removes a note, if there is one.
+func (r *Repo) dropNote(ctx context.Context, kind, of string) error {
+	if err := r.bucket.Remove(ctx, r.noteObject(kind, of)); err != nil && !errors.Is(err, ErrNotExist) {
+		return fmt.Errorf("store: note: %w", err)
 	}
-	return plain[n:], nil
+	return nil
 }
 
 // SweepNotes removes notes of a kind, but for those of the given names.

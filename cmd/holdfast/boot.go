@@ -138,7 +138,10 @@ func checkBoot(c *call) error {
 func runBoot(ctx context.Context, c *call) error {
 	action, rest := c.bootAction()
 	if action != "serve" {
-		if err := c.settleBoots(ctx); err != nil {
+		if err := c.sweepBoots(); err != nil {
+			c.progress.warn("%v", err)
+		}
+		if err := c.settleBoots(ctx, action == "ls"); err != nil {
 			return err
 		}
 	}
@@ -162,6 +165,15 @@ func runBoot(ctx context.Context, c *call) error {
 		return c.bootOnPlatform(ctx)
 	}
 	return c.bootPoint(ctx)
+}
+
+// sweepBoots removes what is left of boots whose command was killed while it made or removed them.
+func (c *call) sweepBoots() error {
+	root, err := c.bootsDir()
+	if err != nil {
+		return err
+	}
+	return boot.Sweep(root)
 }
 
 // bootsDir is where boots are kept.
@@ -245,7 +257,7 @@ func (c *call) bootPoint(ctx context.Context) error {
 		err = c.serveBoot(ctx, s, host, say)
 		if err != nil && !s.Started() {
 			// Nothing ran yet: nothing is lost.
-			err = errors.Join(err, s.Close(), s.Remove())
+			err = errors.Join(err, s.Discard(context.WithoutCancel(ctx)))
 		}
 		return err
 	})
@@ -308,7 +320,7 @@ func (c *call) serveBoot(ctx context.Context, s *boot.Session, host boot.Host, s
 		}
 		return err
 	}
-	return errors.Join(s.Close(), s.Remove())
+	return s.Discard(context.WithoutCancel(ctx))
 }
 
 // bootInfo is what is said of a boot.
@@ -431,7 +443,29 @@ func (c *call) stopUnserved(ctx context.Context, s *boot.State, how boot.StopReq
 	if how.Keep {
 		return nil
 	}
-	return s.Remove()
+	if err := s.Remove(); err != nil {
+		return err
+	}
+	c.unpin(ctx, s)
+	return nil
+}
+
+// unpin lets the point of a boot that was removed be forgotten.
+func (c *call) unpin(ctx context.Context, s *boot.State) {
+	err := c.withRepositoryOf(ctx, s, func(r *store.Repo) error { return s.Unpin(ctx, r) })
+	if err != nil {
+		c.progress.detail("%s: its point can be forgotten from this computer only, since the repository cannot be reached: %v", s.Name, err)
+	}
+}
+
+// withRepositoryOf opens the repository of a boot, whichever the command's own is.
+func (c *call) withRepositoryOf(ctx context.Context, s *boot.State, fn func(*store.Repo) error) error {
+	defer func(flag, repo string) { c.repoFlag, c.repo = flag, repo }(c.repoFlag, c.repo)
+	c.repoFlag = s.Repository
+	if err := c.resolve(needRepository); err != nil {
+		return err
+	}
+	return c.withRepo(ctx, fn)
 }
 
 // useRepositoryOf takes the repository that a boot is of, unless the user named one.

@@ -130,7 +130,8 @@ func (c *call) serveNFS(ctx context.Context) error {
 }
 
 // settleBoots finishes or undoes what commands on boots left that did not come to their end, and has the NFS service run where a VM needs it.
-func (c *call) settleBoots(ctx context.Context) error {
+// look: at VMs that run, too, which somebody may have moved away.
+func (c *call) settleBoots(ctx context.Context, look bool) error {
 	root, err := c.bootsDir()
 	if err != nil {
 		return err
@@ -152,8 +153,9 @@ func (c *call) settleBoots(ctx context.Context) error {
 			continue
 		}
 		if err == nil {
-			err = c.settle(ctx, st, exporter)
+			err = c.settle(ctx, st, exporter, look)
 			release()
+			c.unpinEnded(ctx, st)
 		}
 		if err != nil {
 			c.progress.warn("%s: %v", st.Name, err)
@@ -169,7 +171,17 @@ func (c *call) servedAgain(ctx context.Context, st *boot.State, exporter *nfsd.C
 	return exporter.Export(ctx, st.ID)
 }
 
-func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client) error {
+// unpinEnded lets the point be forgotten when the session has ended.
+func (c *call) unpinEnded(ctx context.Context, st *boot.State) {
+	if st.Ended() {
+		c.unpin(context.WithoutCancel(ctx), st)
+	}
+}
+
+// lookTime is how long a platform has to say how a VM is.
+const lookTime = 30 * time.Second
+
+func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client, look bool) error {
 	if st.Step == boot.StepMade {
 		_, err := st.Settle(ctx, nil, exporter)
 		return err
@@ -177,8 +189,14 @@ func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client
 	if err := c.servedAgain(ctx, st, exporter); err != nil {
 		return err
 	}
-	if st.Step == boot.StepRunning {
-		return nil
+	runs := st.Step == boot.StepRunning
+	if runs {
+		if !look {
+			return nil
+		}
+		var cancel func()
+		ctx, cancel = context.WithTimeout(ctx, lookTime)
+		defer cancel()
 	}
 	v, err := c.remoteOf(ctx, st)
 	if err != nil {
@@ -186,7 +204,11 @@ func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client
 	}
 	defer v.src.Close()
 	what, err := st.Settle(ctx, v, exporter)
-	if err == nil && what != "" {
+	switch {
+	case err != nil || what == "":
+	case runs:
+		c.progress.note("%s: %s", st.Name, what)
+	default:
 		c.progress.note("%s: an earlier command did not come to its end: %s", st.Name, what)
 	}
 	return err
@@ -241,6 +263,9 @@ func (c *call) bootOnPlatform(ctx context.Context) error {
 			c.progress.warn("%s: %s", st.Name, w)
 		}
 		if err := st.Launch(ctx, v, c.exporter(root)); err != nil {
+			if st.Ended() {
+				err = errors.Join(err, st.Unpin(context.WithoutCancel(ctx), r))
+			}
 			return err
 		}
 		c.out.line("%s: %s runs on %s, from datastore %s", st.Name, st.Path, st.Host, v.rec.Datastore)
@@ -353,6 +378,7 @@ func (c *call) onPlatform(ctx context.Context, st *boot.State, do func(v *instan
 		return err
 	}
 	defer v.src.Close()
+	defer c.unpinEnded(ctx, st)
 	return do(v, c.exporter(root))
 }
 
@@ -367,13 +393,14 @@ func (c *call) stopOnPlatform(ctx context.Context, st *boot.State, how boot.Stop
 		}
 		defer release()
 		if st.Step == boot.StepKept {
+			defer c.unpinEnded(ctx, st)
 			return st.Remove()
 		}
 		return fmt.Errorf("%s runs again", st.Name)
 	}
 	return c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error {
 		what, err := st.Settle(ctx, v, x)
-		if err != nil || what != "" && st.Step != boot.StepRunning {
+		if err != nil || st.Ended() || what != "" && st.Step != boot.StepRunning {
 			if what != "" {
 				c.progress.note("%s: %s", st.Name, what)
 			}

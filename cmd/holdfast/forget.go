@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/holdfast-backup/holdfast/backup"
+	"github.com/holdfast-backup/holdfast/fs/boot"
 	"github.com/holdfast-backup/holdfast/store"
 )
 
@@ -48,14 +49,14 @@ func forgetFlags() []cli.Flag {
 		&cli.StringFlag{Name: "keep-within", Usage: "keep points that are at most `DURATION` older than the newest, such as 30d, 36h, 1y6m"},
 		&cli.StringSliceFlag{Name: "keep-tag", Usage: "keep points with the tag `TEXT`; may be repeated"},
 		&cli.StringSliceFlag{Name: "tag", Usage: "apply the rules only to points with the tag `TEXT`; may be repeated"},
-		&cli.BoolFlag{DisableDefaultText: true, Name: "force", Usage: "forget named points even if a VM has no other good one, or if they are damaged"},
+		&cli.BoolFlag{DisableDefaultText: true, Name: "force", Usage: "forget named points even if a VM has no other good one, if a boot needs them, or if they are damaged"},
 		&cli.BoolFlag{DisableDefaultText: true, Name: "dry-run", Usage: "only show what would be forgotten"},
 	)
 }
 
 const forgetHelp = "With rules, of the VMs named, or of all: a point stays when any rule keeps it. The newest good point\n" +
-	"of a VM, locked points and those with a damaged manifest always stay; points with damaged disks cost no good\n" +
-	"one its place.\n" +
+	"of a VM, locked points, those that a boot was made from, while it lasts, and those with a damaged manifest\n" +
+	"always stay; points with damaged disks cost no good one its place.\n" +
 	"With points (VM/TIME, or an id of at least 6 digits) and no rule, exactly those are forgotten.\n" +
 	"Their space is given back by 'holdfast gc'."
 
@@ -148,6 +149,9 @@ func runForget(ctx context.Context, c *call) error {
 		}
 		list, err := decide(ctx, r, p, now)
 		if err != nil {
+			return err
+		}
+		if list, err = c.keepPinned(ctx, r, list, p.Empty()); err != nil {
 			return err
 		}
 		var ids []store.PointID
@@ -287,6 +291,54 @@ func (c *call) forgetNamed(ctx context.Context, r *store.Repo, _ backup.Policy, 
 		}
 	}
 	return list, nil
+}
+
+// keepPinned keeps the points that boots need. A point that is named is an error instead, or, with --force, is not pinned any more.
+func (c *call) keepPinned(ctx context.Context, r *store.Repo, list []backup.Decision, named bool) ([]backup.Decision, error) {
+	pins, err := r.Pins(ctx)
+	if err != nil && !(errors.Is(err, store.ErrDamaged) && c.Bool("force")) {
+		return nil, withHint(fmt.Errorf("which points are in use is not known: %w", err), "remove that object from the repository once no boot needs an old point")
+	}
+	if pins, err = c.unpinLost(ctx, r, pins); err != nil {
+		return nil, err
+	}
+	for i := range list {
+		d := &list[i]
+		for _, p := range pins {
+			switch {
+			case p.Point != d.Point.ID || d.Keep && named:
+			case !named:
+				d.Keep, d.Reasons = true, append(d.Reasons, pinText(p))
+			case !c.Bool("force"):
+				return nil, withHint(fmt.Errorf("%s: %w: %s", d.Point.Path(), store.ErrPinned, pinText(p)), "'holdfast boot stop' ends it; "+forceHint)
+			case !c.Bool("dry-run"):
+				if err := r.Unpin(ctx, p.ID); err != nil {
+					return nil, err
+				}
+			}
+		}
+	}
+	return list, nil
+}
+
+func pinText(p store.Pin) string { return p.What + " on " + p.Host }
+
+// unpinLost leaves out the pins of boots of this computer that are no more.
+func (c *call) unpinLost(ctx context.Context, r *store.Repo, pins []store.Pin) (stay []store.Pin, err error) {
+	for _, p := range pins {
+		if !boot.Lost(p) {
+			stay = append(stay, p)
+			continue
+		}
+		c.progress.detail("%s is no more", p.What)
+		if c.Bool("dry-run") {
+			continue
+		}
+		if err := r.Unpin(ctx, p.ID); err != nil {
+			return nil, err
+		}
+	}
+	return stay, nil
 }
 
 const forceHint = "--force forgets it all the same"

@@ -147,7 +147,7 @@ func (c *call) proveBoot(ctx context.Context, r *store.Repo, sum *store.Summary)
 	if err != nil {
 		return nil, err
 	}
-	opt.Name, opt.Host = "", "qemu"
+	opt.Name, opt.Host, opt.Temporary = "", "qemu", true
 	s, err := boot.Create(ctx, root, r, sum.ID, opt)
 	if err != nil {
 		return nil, err

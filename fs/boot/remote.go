@@ -236,7 +236,14 @@ const undoTime = 5 * time.Minute
 // End ends the VM and takes all of it from the platform. What it wrote is kept or dropped.
 func (s *State) End(ctx context.Context, r Remote, x Exporter, how StopRequest) error {
 	s.Keep = how.Keep
-	if err := s.enter(StepEnding, r); err != nil {
+	err := s.enter(StepEnding, r)
+	if errors.Is(err, unix.ENOSPC) && !how.Keep {
+		err = nil // what is to be dropped is what takes up the room
+	}
+	if err == nil {
+		err = s.awaitIdle(ctx, r)
+	}
+	if err != nil {
 		return err
 	}
 	if err := r.PowerOff(ctx, how.Patience); err != nil {
@@ -245,12 +252,54 @@ func (s *State) End(ctx context.Context, r Remote, x Exporter, how StopRequest) 
 	return s.leave(ctx, r, x)
 }
 
+// ErrPlatformBusy: the platform is at work on the VM, such as moving it.
+var ErrPlatformBusy = errors.New("the platform is at work on the VM")
+
+// Times of waiting for a platform. Tests have others.
+var (
+	busyTime = time.Minute     // until it is done with a VM that is to end
+	onTheWay = 2 * time.Second // for what a command that was killed asked for to begin
+)
+
+// awaitIdle waits for the platform to end what it does with the VM.
+func (s *State) awaitIdle(ctx context.Context, r Remote) error {
+	for end := time.Now().Add(busyTime); ; {
+		st, err := r.Look(ctx)
+		if err != nil || !st.Busy {
+			return err
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("boot: %s: %w", s.Name, ErrPlatformBusy)
+		}
+		if err := pause(ctx, busyTime/60); err != nil {
+			return err
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
 // leave takes away what serves a VM that does not need it any more.
 func (s *State) leave(ctx context.Context, r Remote, x Exporter) error {
 	if err := r.Remove(ctx); err != nil {
 		return err
 	}
 	if err := x.Unexport(ctx, s.ID); err != nil {
+		return err
+	}
+	// What a command that was killed had begun may have been done since; now it can be no more.
+	now, err := r.Look(ctx)
+	if err == nil && (now.Mounted || now.Registered && now.Ours) {
+		err = r.Remove(ctx)
+	}
+	if err != nil {
 		return err
 	}
 	if s.Keep {
@@ -303,6 +352,11 @@ func (s *State) Settle(ctx context.Context, r Remote, x Exporter) (what string, 
 		return "its end was finished", s.End(ctx, r, x, StopRequest{Keep: s.Keep})
 	case StepRunning, StepMoving:
 		st, err := r.Look(ctx)
+		if err == nil && s.Step == StepMoving && !st.Busy && st.Ours {
+			if err = pause(ctx, onTheWay); err == nil {
+				st, err = r.Look(ctx)
+			}
+		}
 		if err != nil {
 			return "", err
 		}

@@ -93,6 +93,8 @@ func sessionIn(t *testing.T, root string) *State {
 	return s
 }
 
+func init() { onTheWay = time.Millisecond }
+
 // TestRemoteDeath lets a command die at each of its steps, and the next one after it, too; the one after that leaves nothing half done.
 func TestRemoteDeath(t *testing.T) {
 	ctx := t.Context()

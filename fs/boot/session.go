@@ -31,7 +31,9 @@ type Options struct {
 	Clients []netip.Prefix
 	// Files are in that folder at first, besides the disks.
 	Files map[string][]byte
-	Now   func() time.Time // the clock
+	// Temporary is for a session that ends with this process: its point needs no protection beyond that.
+	Temporary bool
+	Now       func() time.Time // the clock
 }
 
 // Session is a session that this process serves.
@@ -65,10 +67,14 @@ func Create(ctx context.Context, root string, repo *store.Repo, id store.PointID
 	s := &Session{repo: repo, point: p, release: release, State: State{
 		Version: stateVersion, Point: p.ID, Path: p.Path(), Repository: opt.Repository, Created: opt.Now().UTC(), Host: opt.Host, Machine: opt.Machine,
 	}}
-	if err := s.create(root, opt); err != nil {
+	err = s.create(root, opt)
+	if err == nil && !opt.Temporary {
+		err = s.pin(ctx)
+	}
+	if err != nil {
 		s.Close()
 		if s.dir != "" {
-			os.RemoveAll(s.dir)
+			err = errors.Join(err, s.Remove())
 		}
 		return nil, fmt.Errorf("boot: %w", err)
 	}
@@ -80,6 +86,14 @@ func (s *Session) create(root string, opt Options) (err error) {
 		return err
 	}
 	if err := os.MkdirAll(root, 0o700); err != nil {
+		return err
+	}
+	lock, err := lockRoot(root)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := ensureHomeID(root); err != nil {
 		return err
 	}
 	if s.Name, err = freeName(root, opt.Name, s.point.VM.Name); err != nil {
@@ -151,7 +165,11 @@ func Open(ctx context.Context, st *State, repo *store.Repo) (*Session, error) {
 		s.Close()
 		return nil, fmt.Errorf("boot: the point of %s: %w", s.Name, err)
 	}
-	if err := s.overlays(overlay.Open); err != nil {
+	err = s.overlays(overlay.Open)
+	if err == nil {
+		err = s.pin(ctx) // of a repository that could not be written when the session was made
+	}
+	if err != nil {
 		s.Close()
 		return nil, fmt.Errorf("boot: %w", err)
 	}

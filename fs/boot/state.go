@@ -125,6 +125,9 @@ func List(root string) (list []*State, err error) {
 	}
 	var bad []error
 	for _, e := range entries {
+		if !isSessionID(e.Name()) {
+			continue
+		}
 		s, err := load(filepath.Join(root, e.Name()))
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -216,5 +219,5 @@ func (s *State) Remove() error {
 	if err := os.Remove(s.File(stateFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return os.RemoveAll(s.dir)
+	return os.RemoveAll(s.dir) // and so does Sweep
 }

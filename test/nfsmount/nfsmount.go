@@ -5,6 +5,8 @@ package nfsmount
 import (
 	"bytes"
 	_ "embed"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -47,16 +49,26 @@ func (e *compileError) Error() string { return e.err.Error() + ": " + e.said }
 // enter are words before the program, such as those of nsenter; the mount is seen outside all the same.
 func Mount(t testing.TB, enter []string, url string) (dir string, unmount func()) {
 	t.Helper()
+	dir, unmount, err := Try(t, enter, url)
+	var missing *compileError
+	if errors.As(err, &missing) && os.Getenv("HOLDFAST_TEST_ALL") != "1" {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir, unmount
+}
+
+// Try is Mount, for any goroutine.
+func Try(t testing.TB, enter []string, url string) (dir string, unmount func(), err error) {
 	file, err := program()
 	if err != nil {
-		if os.Getenv("HOLDFAST_TEST_ALL") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip(err)
+		return "", nil, err
 	}
 	// Not t.TempDir: that is removed through the mount when it cannot be unmounted.
 	if dir, err = os.MkdirTemp("", "nfs-"); err != nil {
-		t.Fatal(err)
+		return "", nil, err
 	}
 	words := append(append([]string{}, enter...), file, url, dir, "-f", "-s", "-o", "allow_other,default_permissions,attr_timeout=0,entry_timeout=0,negative_timeout=0")
 	cmd := exec.Command(words[0], words[1:]...)
@@ -64,39 +76,40 @@ func Mount(t testing.TB, enter []string, url string) (dir string, unmount func()
 	cmd.Stderr = &said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var before, after syscall.Stat_t
-	if err := syscall.Stat(dir, &before); err != nil {
-		t.Fatal(err)
+	err = syscall.Stat(dir, &before)
+	if err == nil {
+		err = cmd.Start()
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+	if err != nil {
+		os.Remove(dir)
+		return "", nil, err
 	}
 	ended := make(chan struct{})
 	go func() { defer close(ended); cmd.Wait() }()
-	var once sync.Once
-	unmount = func() {
-		once.Do(func() {
-			syscall.Unmount(dir, syscall.MNT_DETACH)
-			select {
-			case <-ended:
-			case <-time.After(5 * time.Second):
-				cmd.Process.Kill()
-				<-ended
-			}
-			os.Remove(dir)
-		})
-	}
+	unmount = sync.OnceFunc(func() {
+		syscall.Unmount(dir, syscall.MNT_DETACH)
+		select {
+		case <-ended:
+		case <-time.After(5 * time.Second):
+			cmd.Process.Kill()
+			<-ended
+		}
+		os.Remove(dir)
+	})
 	t.Cleanup(unmount)
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if err := syscall.Stat(dir, &after); err == nil && after.Dev != before.Dev {
-			return dir, unmount
+			return dir, unmount, nil
 		}
 		select {
 		case <-ended:
-			t.Fatalf("nfsmount %s: %s", url, said.String())
+			unmount()
+			return "", nil, fmt.Errorf("nfsmount %s: %s", url, said.String())
 		default:
 		}
 		if time.Now().After(end) {
-			t.Fatalf("nfsmount %s does not mount: %s", url, said.String())
+			unmount()
+			return "", nil, fmt.Errorf("nfsmount %s does not mount: %s", url, said.String())
 		}
 	}
 }

@@ -40,26 +40,34 @@ func newInstantLab(t *testing.T) *instantLab {
 	_, l.port, _ = net.SplitHostPort(ln.Addr().String())
 	ln.Close()
 	l.as = append(l.as, "HOLDFAST_BOOTS="+l.boots, "HOLDFAST_NFS=127.0.0.1:"+l.port, "HOLDFAST_PORTMAP=off", "HOLDFAST_CONFIG="+l.config)
-	l.hooks(t)
+	l.server.SetHooks(l.allHooks(t))
 	t.Cleanup(func() { // what a failure left
-		l.mu.Lock()
-		for _, unmount := range l.mounts {
-			unmount()
-		}
-		l.mu.Unlock()
+		l.unmountAll()
 		exec.Command("fuser", "-k", "-KILL", filepath.Join(l.boots, "nfs", "lock")).Run()
 	})
 	return l
 }
 
-func (l *instantLab) hooks(t *testing.T) {
-	l.server.SetHooks(vspheretest.Hooks{OnFrozen: l.freeze, OnMount: func(host, path string) (string, error) {
-		dir, unmount := nfsmount.Mount(t, nil, fmt.Sprintf("nfs://%s%s?nfsport=%s&mountport=%s", host, path, l.port, l.port))
+func (l *instantLab) unmountAll() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, unmount := range l.mounts {
+		unmount()
+	}
+	clear(l.mounts)
+}
+
+func (l *instantLab) allHooks(t *testing.T) vspheretest.Hooks {
+	return vspheretest.Hooks{OnFrozen: l.freeze, OnMount: func(host, path string) (string, error) {
+		dir, unmount, err := nfsmount.Try(t, nil, fmt.Sprintf("nfs://%s%s?nfsport=%s&mountport=%s", host, path, l.port, l.port))
+		if err != nil {
+			return "", err
+		}
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.mounts[path] = unmount
 		return dir, nil
-	}})
+	}}
 }
 
 // service is the process that serves NFS; 0 for none.
@@ -79,8 +87,11 @@ func (l *instantLab) wantNothing(t *testing.T, vms int) {
 	if out := strings.TrimSpace(l.must(t, "boot", "ls", "--json").out); out != "" {
 		t.Errorf("boots are left:\n%s", out)
 	}
-	if entries, err := os.ReadDir(l.boots); err != nil || len(entries) > 1 {
-		t.Errorf("left in the directory of boots: %v, %v", entries, err)
+	if dirs, err := filepath.Glob(filepath.Join(l.boots, "????????")); err != nil || len(dirs) > 0 {
+		t.Errorf("left in the directory of boots: %v, %v", dirs, err)
+	}
+	if pins, err := filepath.Glob(filepath.Join(l.dir, "notes", "pin-*")); err != nil || len(pins) > 0 {
+		t.Errorf("left in the repository: %v, %v", pins, err)
 	}
 	for _, d := range l.server.Datastores() {
 		if strings.HasPrefix(d, "holdfast-") {

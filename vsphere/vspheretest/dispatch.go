@@ -60,8 +60,11 @@ func (s *Server) dispatch(ctx *simulator.Context, m *simulator.Method) (mo.Refer
 		return nil, fault
 	}
 	s.mu.Lock()
-	delay, onCall, fault := s.faults.MethodDelay[m.Name], s.hooks.OnCall, next(s.faults.Calls, m.Name)
+	delay, onCall, onAny, fault := s.faults.MethodDelay[m.Name], s.hooks.OnCall, s.hooks.OnAny, next(s.faults.Calls, m.Name)
 	s.mu.Unlock()
+	if onAny != nil {
+		onAny(m.Name)
+	}
 	if fault != nil {
 		return nil, fault
 	}

@@ -29,6 +29,8 @@ func (o *folderObject) RegisterVMTask(ctx *simulator.Context, req *types.Registe
 }
 
 func (s *Server) register(ctx *simulator.Context, folder *simulator.Folder, req *types.RegisterVM_Task) (*VM, types.BaseMethodFault) {
+	s.placing.Lock()
+	defer s.placing.Unlock()
 	dir, name, err := s.parsePath(req.Path)
 	if err != nil {
 		return nil, &types.InvalidDatastorePath{DatastorePath: req.Path}
@@ -61,7 +63,10 @@ func (s *Server) register(ctx *simulator.Context, folder *simulator.Folder, req 
 	if fault != nil {
 		return nil, fault
 	}
-	sim := ctx.Map.Get(res.(types.ManagedObjectReference)).(*simulator.VirtualMachine)
+	sim, ok := ctx.Map.Get(res.(types.ManagedObjectReference)).(*simulator.VirtualMachine)
+	if !ok { // somebody was faster to unregister it
+		return nil, &types.ManagedObjectNotFound{Obj: res.(types.ManagedObjectReference)}
+	}
 	ctx.WithLock(sim, func() {
 		change := &types.ReconfigVM_Task{This: sim.Self, Spec: *spec}
 		_, fault = wait(ctx, sim.ReconfigVMTask(ctx, change).(*methods.ReconfigVM_TaskBody).Res.Returnval)

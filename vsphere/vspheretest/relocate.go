@@ -270,6 +270,8 @@ func (o *storageObject) CreateNasDatastore(ctx *simulator.Context, req *types.Cr
 
 // RemoveDatastore takes a datastore from the host, and away when no other host has it. One with a VM on it stays.
 func (o *storageObject) RemoveDatastore(ctx *simulator.Context, req *types.RemoveDatastore) soap.HasFault {
+	o.s.placing.Lock()
+	defer o.s.placing.Unlock()
 	body := new(methods.RemoveDatastoreBody)
 	ds, ok := ctx.Map.Get(req.Datastore).(*simulator.Datastore)
 	if !ok {

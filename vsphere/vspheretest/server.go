@@ -34,6 +34,8 @@ type Options struct {
 
 // Server is a running double.
 type Server struct {
+	placing sync.Mutex // held while a VM is registered or a datastore removed: vcsim cannot do both at once
+
 	User, Password string
 
 	t       testing.TB
@@ -66,6 +68,7 @@ type Hooks struct {
 	OnRead   func(file string, off, n int64)                 // before /folder answers a GET: "[datastore] path", the range
 	OnMount  func(host, path string) (dir string, err error) // CreateNasDatastore: where on this machine that export is
 	OnCall   func(method string, object *VM)                 // before a method of a VM runs
+	OnAny    func(method string)                             // before any method of a session runs
 	OnLease  func(vm *VM, file string, up bool)              // before a disk goes through a lease
 }
 
