@@ -80,8 +80,23 @@ func (e *export) allows(addr netip.Addr) bool {
 
 // exports are those at one time; they are never changed, but replaced.
 type exports struct {
-	byID   map[uint64]*export
-	byPath []*export // sorted
+	byID    map[uint64]*export
+	byPath  []*export // sorted
+	awaited []*export // by Expect
+}
+
+// allows reports whether a machine may use one of them, or of those that are to come.
+func (x *exports) allows(addr netip.Addr) bool {
+	may := func(e *export) bool { return e.allows(addr) }
+	return slices.ContainsFunc(x.byPath, may) || slices.ContainsFunc(x.awaited, may)
+}
+
+// missing is what clients are told of an export that there is not.
+func (x *exports) missing(id uint64) status {
+	if slices.ContainsFunc(x.awaited, func(e *export) bool { return e.ID == id }) {
+		return statJukebox
+	}
+	return statStale
 }
 
 func (x *exports) find(path string) *export {
@@ -104,12 +119,18 @@ func (x *exports) holding(p string) (e *export, rest string) {
 	}
 }
 
-func newExports(list []*export) *exports {
+// newExports has the exports of list, and of those that are awaited the ones that it does not have.
+func newExports(list, awaited []*export) *exports {
 	x := &exports{byID: make(map[uint64]*export), byPath: list}
 	for _, e := range list {
 		x.byID[e.ID] = e
 	}
 	slices.SortFunc(list, func(a, b *export) int { return cmp.Compare(a.Path, b.Path) })
+	for _, e := range awaited {
+		if x.byID[e.ID] == nil {
+			x.awaited = append(x.awaited, e)
+		}
+	}
 	return x
 }
 
@@ -145,15 +166,8 @@ func (s *Server) Export(x Export) error {
 		return fmt.Errorf("nfs: export %q: %w", x.Path, err)
 	}
 	x.Clients = slices.Clone(x.Clients)
-	var allowed []netip.Prefix
-	for _, p := range x.Clients {
-		allowed = append(allowed, unmapped(p))
-	}
-	if len(allowed) == 0 {
-		allowed = thisMachine
-	}
 	x.AnonUID, x.AnonGID = orDefault(x.AnonUID, nobody), orDefault(x.AnonGID, nobody)
-	e := &export{Export: x, allowed: allowed, writable: w, conns: make(map[*conn]bool)}
+	e := &export{Export: x, allowed: x.allowed(), writable: w, conns: make(map[*conn]bool)}
 	e.verifier.Store(newVerifier())
 	e.changes.files, e.syncs.files = make(map[ID]change), make(map[ID]*syncing)
 
@@ -164,8 +178,39 @@ func (s *Server) Export(x Export) error {
 	if now.byID[x.ID] != nil || now.find(x.Path) != nil {
 		return fmt.Errorf("nfs: export %q with ID %#x: %w", x.Path, x.ID, ErrExported)
 	}
-	s.exports.Store(newExports(append(slices.Clone(now.byPath), e)))
+	s.exports.Store(newExports(append(slices.Clone(now.byPath), e), now.awaited))
 	return nil
+}
+
+// Expect says that an export of this ID, for these clients, is to come, perhaps again: clients that have it mounted already are told to ask later
+// (NFS3ERR_JUKEBOX, RFC 1813 §2.6) and not that their files are gone. It ends with Export, or Unexpect.
+func (s *Server) Expect(id uint64, clients []netip.Prefix) {
+	x := Export{ID: id, Clients: slices.Clone(clients)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.start()
+	now := s.exports.Load()
+	s.exports.Store(newExports(slices.Clone(now.byPath), append(slices.Clone(now.awaited), &export{Export: x, allowed: x.allowed()})))
+}
+
+// Unexpect says that no export of this ID is to come.
+func (s *Server) Unexpect(id uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.start()
+	now := s.exports.Load()
+	s.exports.Store(newExports(slices.Clone(now.byPath), slices.DeleteFunc(slices.Clone(now.awaited), func(e *export) bool { return e.ID == id })))
+}
+
+// allowed are the clients, or this machine.
+func (x *Export) allowed() (list []netip.Prefix) {
+	for _, p := range x.Clients {
+		list = append(list, unmapped(p))
+	}
+	if len(list) == 0 {
+		return thisMachine
+	}
+	return list
 }
 
 var thisMachine = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
@@ -192,7 +237,7 @@ func (s *Server) Unexport(path string) error {
 		s.mu.Unlock()
 		return fmt.Errorf("nfs: %q: %w", path, ErrNotExported)
 	}
-	s.exports.Store(newExports(slices.DeleteFunc(slices.Clone(now.byPath), func(o *export) bool { return o == e })))
+	s.exports.Store(newExports(slices.DeleteFunc(slices.Clone(now.byPath), func(o *export) bool { return o == e }), now.awaited))
 	s.mu.Unlock()
 	e.use.Lock()
 	e.gone = true

@@ -42,8 +42,12 @@ func (r *request) open(fh []byte) (ID, status) {
 	if !ok {
 		return ID{}, statBadHandle
 	}
-	e := r.srv.exports.Load().byID[h.export]
-	if e == nil || !e.enter() {
+	x := r.srv.exports.Load()
+	e := x.byID[h.export]
+	if e == nil {
+		return ID{}, x.missing(h.export)
+	}
+	if !e.enter() {
 		return ID{}, statStale
 	}
 	r.e = e

@@ -170,7 +170,11 @@ func (r *request) maxList() int {
 }
 
 func (r *request) dump() {
+	x := r.srv.exports.Load()
 	for _, m := range r.srv.mounts.list() {
+		if e, _ := x.holding(m.path); e == nil || !e.allows(r.addr) { // nothing for strangers
+			continue
+		}
 		host := m.addr.String()
 		if len(r.w.b)+len(host)+len(m.path)+24 > r.maxList() {
 			break

@@ -14,7 +14,11 @@ import (
 
 // Limits bound what clients can make a server hold. A zero is its default.
 type Limits struct {
-	Conns         int   // connections at a time; more are closed at once; 256
+	Conns         int // connections at a time; more are closed at once; 1024
+	AddressConns  int // of them from one address; 256
+	StrangerConns int // of them from addresses that no export allows; 16
+	// StrangerTime is after what they are closed; 10 s.
+	StrangerTime  time.Duration
 	Requests      int   // of one connection at work or with an unsent reply, at most as many goroutines; 64
 	ConnData      int64 // bytes of memory of one connection's requests and replies; 16 MiB, at least 4 MiB
 	TotalRequests int   // the same for all connections together, and one for each of them; 1024
@@ -44,6 +48,9 @@ type Server struct {
 	closing   bool
 	listeners []*listener
 	conns     map[*conn]bool
+	addrs     map[netip.Addr]int // connections by address
+	strangers int                // connections of strangers
+	refused   refusals
 }
 
 // A listener is an address where some programs are served.
@@ -71,13 +78,16 @@ func (s *Server) start() {
 	s.gate = gate{connRequests: l.Requests, connBytes: l.ConnData, requests: l.TotalRequests, bytes: l.TotalData}
 	s.once.entries = make(map[onceKey]*onceEntry)
 	s.mounts.table = make(map[mount]bool)
-	s.exports.Store(newExports(nil))
+	s.exports.Store(newExports(nil, nil))
 	s.base, s.cancel = context.WithCancel(context.Background())
-	s.conns = make(map[*conn]bool)
+	s.conns, s.addrs = make(map[*conn]bool), make(map[netip.Addr]int)
 }
 
 func (l *Limits) fill() {
-	l.Conns = orDefault(l.Conns, 256)
+	l.Conns = orDefault(l.Conns, 1024)
+	l.AddressConns = orDefault(l.AddressConns, 256)
+	l.StrangerConns = orDefault(l.StrangerConns, 16)
+	l.StrangerTime = orDefault(l.StrangerTime, 10*time.Second)
 	l.Requests = orDefault(l.Requests, 64)
 	l.ConnData = max(orDefault(l.ConnData, 16<<20), 4<<20)
 	l.TotalRequests = orDefault(l.TotalRequests, 1024)
@@ -291,23 +301,63 @@ func (s *Server) accept(l *listener) error {
 	}
 }
 
+// refusals counts connections that were refused, of which the log is not to be flooded.
+type refusals struct {
+	n    int
+	said time.Time
+}
+
+// add gives how many there were since that was said last; 0 when it need not be said again yet.
+func (r *refusals) add(now time.Time) int {
+	r.n++
+	if now.Sub(r.said) < 10*time.Second {
+		return 0
+	}
+	n := r.n
+	r.n, r.said = 0, now
+	return n
+}
+
 func (s *Server) admit(l *listener, nc net.Conn) {
 	c := newConn(s, l.programs, nc)
+	stranger := !s.exports.Load().allows(c.addr)
 	s.mu.Lock()
-	refused := s.closing || len(s.conns) >= s.Limits.Conns
-	if !refused {
+	refused := s.closing || len(s.conns) >= s.Limits.Conns || s.addrs[c.addr] >= s.Limits.AddressConns || stranger && s.strangers >= s.Limits.StrangerConns
+	told := 0
+	if refused {
+		told = s.refused.add(s.now())
+	} else {
 		s.conns[c] = true
+		s.addrs[c.addr]++
+		if stranger {
+			s.strangers++
+		}
 	}
 	s.mu.Unlock()
 	if refused {
 		nc.Close()
-		s.log(fmt.Errorf("nfs: %v: refused: too many connections, or shutting down", c.addr))
+		if told > 0 {
+			s.log(fmt.Errorf("nfs: %v: refused: too many connections, or shutting down (%d refused since this was last said)", c.addr, told))
+		}
 		return
 	}
 	go func() {
+		if stranger { // it has the time to be told so
+			defer time.AfterFunc(s.Limits.StrangerTime, func() {
+				if !s.exports.Load().allows(c.addr) {
+					nc.Close()
+				}
+			}).Stop()
+		}
 		c.run()
 		s.mu.Lock()
 		delete(s.conns, c)
+		if s.addrs[c.addr]--; s.addrs[c.addr] == 0 {
+			delete(s.addrs, c.addr)
+		}
+		if stranger {
+			s.strangers--
+		}
 		s.mu.Unlock()
 		close(c.ended)
 	}()

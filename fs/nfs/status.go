@@ -35,6 +35,7 @@ const (
 	statBadCookie   status = 10003
 	statNotSupp     status = 10004
 	statTooSmall    status = 10005
+	statJukebox     status = 10008
 )
 
 // statuses maps what an FS may answer to what the client is told.

@@ -3,6 +3,7 @@ package whole
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/holdfast-backup/holdfast/fs/nfs/nfstest"
 )
 
 // TestInstantPin: a point that a boot was made from stays while it lasts, whether anybody serves the boot or not, and not longer.
@@ -210,4 +213,57 @@ func (l *instantLab) settled(t *testing.T, name string, kept bool) {
 	}
 	l.wantNothing(t, 1)
 	l.unmountAll()
+}
+
+// TestInstantAwaited: while a boot cannot be served, its host is told to ask later, not that its files are gone.
+func TestInstantAwaited(t *testing.T) {
+	l := newInstantLab(t)
+	l.add("web", 1<<20)
+	l.must(t, l.platform("backup", "web")...)
+	l.must(t, "boot", "web/latest", "--on", "lab", "--allow", "127.0.0.1")
+	dirs, err := filepath.Glob(filepath.Join(l.boots, "????????"))
+	if err != nil || len(dirs) != 1 {
+		t.Fatal(dirs, err)
+	}
+	dial := func() *nfstest.Client {
+		c, err := nfstest.Dial("127.0.0.1:"+l.port, nfstest.Root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	root, err := dial().Mount("/" + filepath.Base(dirs[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(l.service(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the service is dead", func() bool { return l.service() == 0 })
+	lock, err := os.OpenFile(filepath.Join(dirs[0], "lock"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		t.Fatal(err)
+	}
+	if res := l.must(t, "boot", "ls"); !strings.Contains(res.err, "served by another process") {
+		t.Errorf("boot ls says:\n%s", res.err)
+	}
+	c := dial()
+	if _, err := c.Getattr(root); !errors.Is(err, nfstest.Jukebox) {
+		t.Errorf("meanwhile: %v", err)
+	}
+	lock.Close()
+	until(t, "the boot to be served", func() bool {
+		_, err := c.Getattr(root)
+		if err != nil && !errors.Is(err, nfstest.Jukebox) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	l.must(t, "boot", "stop", "web-instant", "--patience", "0s")
+	l.wantNothing(t, 1)
 }

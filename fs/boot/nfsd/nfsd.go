@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -53,8 +54,10 @@ type Service struct {
 	mu sync.Mutex // guards following
 	// served: id => what is exported.
 	served map[string]*served
-	unused time.Time // since when there is nothing to serve
-	ending bool
+	// awaited are those that cannot be served now, for a reason that may pass: id => what clients know it by.
+	awaited map[string]uint64
+	unused  time.Time // since when there is nothing to serve
+	ending  bool
 }
 
 type served struct {
@@ -89,7 +92,7 @@ func (s *Service) Run(ctx context.Context, ready func()) (err error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	s.srv.Log, s.served, s.unused = s.Log, map[string]*served{}, time.Now()
+	s.srv.Log, s.served, s.awaited, s.unused = s.Log, map[string]*served{}, map[string]uint64{}, time.Now()
 	defer func() { err = errors.Join(err, s.closeAll()) }()
 	s.serveAgain(ctx)
 	if err := s.srv.Listen(s.Listen); err != nil {
@@ -113,6 +116,7 @@ func (s *Service) Run(ctx context.Context, ready func()) (err error) {
 	var work sync.WaitGroup
 	work.Go(func() { s.answerAll(ctx, ln) })
 	work.Go(func() { s.endIdle(ctx, cancel) })
+	work.Go(func() { s.tryAgain(ctx) })
 	ended := make(chan error, 1)
 	go func() { ended <- s.srv.Serve(ctx) }()
 	if ready != nil {
@@ -149,7 +153,7 @@ func LastAddresses(root string) (a Addresses, ok bool) {
 	return a, err == nil && json.Unmarshal(text, &a) == nil && a.Listen != ""
 }
 
-// serveAgain exports what was exported before.
+// serveAgain exports what was exported before. What cannot be is tried again later; clients wait for it meanwhile.
 func (s *Service) serveAgain(ctx context.Context) {
 	list, err := boot.List(s.Root)
 	if err != nil {
@@ -161,7 +165,52 @@ func (s *Service) serveAgain(ctx context.Context) {
 		}
 		if err := s.export(ctx, st.ID); err != nil {
 			s.log(fmt.Errorf("nfsd: %s: %w", st.Name, err))
+			s.mu.Lock()
+			s.awaited[st.ID] = st.Export.ID
+			s.srv.Expect(st.Export.ID, st.Export.Clients)
+			s.mu.Unlock()
 		}
+	}
+}
+
+// againTime is between two attempts to serve what could not be.
+const againTime = 5 * time.Second
+
+func (s *Service) tryAgain(ctx context.Context) {
+	t := time.NewTicker(againTime)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		s.mu.Lock()
+		ids := slices.Collect(maps.Keys(s.awaited))
+		s.mu.Unlock()
+		for _, id := range ids {
+			switch err := s.export(ctx, id); {
+			case err == nil:
+				s.log(fmt.Errorf("nfsd: %s is served again", id))
+			case errors.Is(err, boot.ErrNoBoot):
+				s.forget(id)
+			}
+		}
+	}
+}
+
+// forget ends the waiting for a session.
+func (s *Service) forget(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forgetLocked(id)
+}
+
+func (s *Service) forgetLocked(id string) {
+	if of, ok := s.awaited[id]; ok {
+		s.srv.Unexpect(of)
+		delete(s.awaited, id)
+		s.unused = time.Now()
 	}
 }
 
@@ -207,6 +256,7 @@ func (s *Service) export(ctx context.Context, id string) (err error) {
 		return errors.Join(err, x.close())
 	}
 	s.served[id] = x
+	delete(s.awaited, id)
 	return nil
 }
 
@@ -214,6 +264,7 @@ func (s *Service) export(ctx context.Context, id string) (err error) {
 func (s *Service) unexport(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.forgetLocked(id)
 	x := s.served[id]
 	if x == nil {
 		return nil
@@ -249,7 +300,7 @@ func (s *Service) endIdle(ctx context.Context, end func()) {
 		case <-t.C:
 		}
 		s.mu.Lock()
-		over := len(s.served) == 0 && time.Since(s.unused) > s.Idle
+		over := len(s.served) == 0 && len(s.awaited) == 0 && time.Since(s.unused) > s.Idle
 		s.ending = over
 		s.mu.Unlock()
 		if over {

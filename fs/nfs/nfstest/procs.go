@@ -31,6 +31,7 @@ const (
 	BadCookie   Status = 10003
 	NotSupp     Status = 10004
 	TooSmall    Status = 10005
+	Jukebox     Status = 10008
 )
 
 func (s Status) Error() string { return fmt.Sprintf("NFS status %d", uint32(s)) }
