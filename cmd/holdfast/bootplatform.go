@@ -142,33 +142,38 @@ func (c *call) settleBoots(ctx context.Context, look bool) error {
 		if st.Export == nil || st.Step == boot.StepKept {
 			continue
 		}
-		release, err := st.Work()
-		if errors.Is(err, boot.ErrAtWork) && st.Step != boot.StepMade { // whoever it is may need the service, too
-			if err := c.servedAgain(ctx, st, exporter); err != nil {
-				c.progress.warn("%s: %v", st.Name, err)
-			}
-			continue
-		}
-		if errors.Is(err, boot.ErrAtWork) {
-			continue
-		}
-		if err == nil {
-			err = c.settle(ctx, st, exporter, look)
-			release()
-			c.unpinEnded(ctx, st)
-		}
-		if err != nil {
+		if err := c.settleBoot(ctx, st, exporter, look); err != nil && !st.Ended() {
 			c.progress.warn("%s: %v", st.Name, err)
 		}
 	}
 	return ctx.Err()
 }
 
+func (c *call) settleBoot(ctx context.Context, st *boot.State, exporter *nfsd.Client, look bool) error {
+	if st.Step == boot.StepRunning && !look {
+		return c.servedAgain(ctx, st, exporter.ExportAgain)
+	}
+	release, err := st.Work(ctx, 0)
+	if errors.Is(err, boot.ErrAtWork) {
+		if st.Step == boot.StepMade {
+			return nil
+		}
+		return c.servedAgain(ctx, st, exporter.ExportAgain) // whoever it is may need the service, too
+	}
+	if err != nil {
+		return err
+	}
+	err = c.settle(ctx, st, exporter, look)
+	release()
+	c.unpinEnded(ctx, st)
+	return err
+}
+
 // servedAgain has the folder of a session served, by a service of the session's repository. The command's own stays what it is.
-func (c *call) servedAgain(ctx context.Context, st *boot.State, exporter *nfsd.Client) error {
+func (c *call) servedAgain(ctx context.Context, st *boot.State, export func(ctx context.Context, id string) error) error {
 	defer func(flag, repo string) { c.repoFlag, c.repo = flag, repo }(c.repoFlag, c.repo)
 	c.repoFlag = st.Repository
-	return exporter.Export(ctx, st.ID)
+	return export(ctx, st.ID)
 }
 
 // unpinEnded lets the point be forgotten when the session has ended.
@@ -186,7 +191,7 @@ func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client
 		_, err := st.Settle(ctx, nil, exporter)
 		return err
 	}
-	if err := c.servedAgain(ctx, st, exporter); err != nil {
+	if err := c.servedAgain(ctx, st, exporter.Export); err != nil {
 		return err
 	}
 	runs := st.Step == boot.StepRunning
@@ -359,9 +364,12 @@ func (c *call) nfsAddress(cfg sourceConfig) (string, error) {
 	return vsphere.LocalAddress(cfg.vsphere)
 }
 
+// workTime is how long a command waits for another one that is at work on the boot, such as one that looks at all of them.
+const workTime = 10 * time.Second
+
 // onPlatform works on a session.
 func (c *call) onPlatform(ctx context.Context, st *boot.State, do func(v *instantVM, x boot.Exporter) error) error {
-	release, err := st.Work()
+	release, err := st.Work(ctx, workTime)
 	if err != nil {
 		return err
 	}
@@ -387,7 +395,7 @@ func (c *call) stopOnPlatform(ctx context.Context, st *boot.State, how boot.Stop
 		if how.Keep {
 			return nil
 		}
-		release, err := st.Work()
+		release, err := st.Work(ctx, workTime)
 		if err != nil {
 			return err
 		}

@@ -154,9 +154,15 @@ func syncDir(dir string) error {
 // ErrAtWork: another command is at work on the session.
 var ErrAtWork = errors.New("another command is at work on this boot")
 
-// Work makes this process the one that takes a session on a platform from step to step, until release is called. The state is read anew.
-func (s *State) Work() (release func(), err error) {
+// Work makes this process the one that takes a session on a platform from step to step, until release is called. The state is read anew. Another one
+// that is at work is waited for: ErrAtWork after that time.
+func (s *State) Work(ctx context.Context, patience time.Duration) (release func(), err error) {
 	f, err := s.lockWork()
+	for end := time.Now().Add(patience); errors.Is(err, ErrAtWork) && time.Now().Before(end); f, err = s.lockWork() {
+		if err := pause(ctx, 50*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -158,7 +158,7 @@ func die(t *testing.T, name string, command func(*State, *world) error, at, agai
 			if err != nil {
 				return err
 			}
-			release, err := now.Work()
+			release, err := now.Work(t.Context(), 0)
 			if err != nil {
 				return err
 			}

@@ -47,6 +47,9 @@ type layer struct {
 	raw    *os.File       // the bytes: the extent itself at the bottom, a file of ours with holes for a delta
 	have   map[int64]byte // of a delta: number of the grain => hasData or hasZero
 	stale  bool           // of a delta: its extent on the datastore is older than raw
+	// While a layer at the bottom moves, the guest's writes go to both files, as far as it has been copied.
+	mirror *os.File
+	copied int64
 }
 
 // directory is where files are: a folder of a datastore. Relocating a VM changes it for all of its layers.
@@ -125,6 +128,11 @@ func readFull(r io.ReaderAt, p []byte, off int64) error {
 // WriteAt writes to l, below which the other layers stay as they are.
 func (l *layer) WriteAt(p []byte, off int64) (int, error) {
 	if !l.isDelta() {
+		if l.mirror != nil && off < l.copied {
+			if _, err := l.mirror.WriteAt(p[:min(int64(len(p)), l.copied-off)], off); err != nil {
+				return 0, err
+			}
+		}
 		return l.raw.WriteAt(p, off)
 	}
 	end := off + int64(len(p))
@@ -196,6 +204,7 @@ type disk struct {
 	active    *layer   // what the guest writes to
 	layers    []*layer // all, the bottom first
 	allocated map[int64]bool
+	unscanned bool      // allocated lacks what was on the disk at first
 	track     *tracking // nil while changes are not tracked
 }
 
@@ -220,6 +229,11 @@ func (d *disk) writeAt(p []byte, off int64) error {
 func (d *disk) zero(off, n int64) error {
 	if off < 0 || n < 0 || off+n > d.size {
 		return fmt.Errorf("trim of %d bytes at %d of a disk of %d", n, off, d.size)
+	}
+	if d.unscanned {
+		if err := d.scan(); err != nil {
+			return err
+		}
 	}
 	for _, u := range slices.Sorted(maps.Keys(d.allocated)) {
 		from, to := max(off, u*unit), min(off+n, u*unit+unit, d.size)
@@ -257,7 +271,7 @@ func (d *disk) changed(u int64) {
 
 // scan finds out what is allocated on a disk without deltas: what is not zero.
 func (d *disk) scan() error {
-	d.allocated = map[int64]bool{}
+	d.allocated, d.unscanned = map[int64]bool{}, false
 	b := make([]byte, unit)
 	return eachData(d.active.raw, d.size, func(off int64) error {
 		p := b[:min(unit, d.size-off)]

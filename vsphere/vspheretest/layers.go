@@ -42,6 +42,10 @@ func (vm *VM) openDisk(dev *types.VirtualDisk, shared bool) (*disk, error) {
 		return nil, err
 	}
 	d.push(l)
+	if strings.Contains(l.dir.root, nasMark) { // which does not say where holes are
+		d.allocated, d.unscanned = map[int64]bool{}, true
+		return d, nil
+	}
 	return d, d.scan()
 }
 

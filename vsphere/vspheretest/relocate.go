@@ -58,7 +58,11 @@ func (vm *VM) relocate(ctx *simulator.Context, spec *types.VirtualMachineRelocat
 		if fault := vm.s.spaceFault(); fault != nil {
 			return fault
 		}
-		if err := vm.moveFiles(ds); err != nil {
+		err := vm.copyAhead(ds)
+		if err == nil {
+			err = vm.moveFiles(ds)
+		}
+		if err != nil {
 			return &types.FileFault{File: err.Error()}
 		}
 	}
@@ -77,6 +81,51 @@ func (vm *VM) relocate(ctx *simulator.Context, spec *types.VirtualMachineRelocat
 	})
 	if err := vm.writeVMX(ctx); err != nil {
 		return &types.FileFault{File: err.Error()}
+	}
+	return nil
+}
+
+// copyAhead copies disks of a VM that runs, piece by piece: its guest writes meanwhile.
+func (vm *VM) copyAhead(ds *simulator.Datastore) error {
+	vm.mu.Lock()
+	dir, on := *vm.dir, vm.on
+	var bottom []*layer
+	for _, d := range vm.disks {
+		for _, l := range d.layers {
+			if !l.isDelta() {
+				bottom = append(bottom, l)
+			}
+		}
+	}
+	vm.mu.Unlock()
+	var from, to syscall.Stat_t
+	if err := errors.Join(syscall.Stat(dir.root, &from), syscall.Stat(ds.Summary.Url, &to)); err != nil || !on || from.Dev == to.Dev {
+		return err
+	}
+	b := make([]byte, unit)
+	for _, l := range bottom {
+		out, err := os.CreateTemp(ds.Summary.Url, "moving-")
+		if err != nil {
+			return err
+		}
+		vm.mu.Lock()
+		l.mirror, l.copied = out, 0
+		vm.mu.Unlock()
+		for off := int64(0); off < l.size && err == nil; off += unit {
+			vm.mu.Lock()
+			p := b[:min(unit, l.size-off)]
+			if err = readFull(l.raw, p, off); err == nil && !isZero(p) {
+				_, err = out.WriteAt(p, off)
+			}
+			l.copied = off + int64(len(p))
+			vm.mu.Unlock()
+		}
+		if err == nil {
+			err = out.Truncate(l.size)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -146,6 +195,14 @@ func (s *Server) moveResets() bool {
 
 // moveFile moves a file, also to another filesystem; the layer then works on the new one.
 func moveFile(from, to string, l *layer) error {
+	if l != nil && l.mirror != nil && filepath.Base(to) == l.extent() {
+		if err := os.Rename(l.mirror.Name(), to); err != nil {
+			return err
+		}
+		_ = l.raw.Close()
+		l.raw, l.mirror = l.mirror, nil
+		return os.Remove(from)
+	}
 	err := os.Rename(from, to)
 	if !errors.Is(err, syscall.EXDEV) {
 		return err
@@ -242,6 +299,9 @@ func moveIntoFolder(ctx *simulator.Context, to, vm types.ManagedObjectReference)
 	return fault
 }
 
+// nasMark is in the names of directories that stand for exports.
+const nasMark = "nas-"
+
 type storageObject struct {
 	*simulator.HostDatastoreSystem
 	s *Server
@@ -256,7 +316,7 @@ func (o *storageObject) CreateNasDatastore(ctx *simulator.Context, req *types.Cr
 	}
 	dir, err := mount(req.Spec.RemoteHost, req.Spec.RemotePath)
 	if err == nil {
-		link := filepath.Join(o.s.scratch, fmt.Sprint("nas-", o.s.id()), filepath.Base(req.Spec.LocalPath))
+		link := filepath.Join(o.s.scratch, fmt.Sprint(nasMark, o.s.id()), filepath.Base(req.Spec.LocalPath))
 		if err = os.Mkdir(filepath.Dir(link), 0o700); err == nil {
 			err = os.Symlink(dir, link)
 		}

@@ -42,6 +42,12 @@ type frozenDisk struct {
 }
 
 func (d *disk) freeze() *frozenDisk {
+	if d.unscanned { // all of it, for all that is known
+		for u := int64(0); u*unit < d.size; u++ {
+			d.allocated[u] = true
+		}
+		d.unscanned = false
+	}
 	f := &frozenDisk{layer: d.active, size: d.size, thick: d.thick, allocated: maps.Clone(d.allocated)}
 	if d.track != nil {
 		f.track = &tracking{uuid: d.track.uuid, seq: d.track.seq, changed: maps.Clone(d.track.changed)}

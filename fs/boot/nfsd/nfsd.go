@@ -220,10 +220,25 @@ func (s *Service) log(err error) {
 	}
 }
 
-// export serves a session, unless it does.
-func (s *Service) export(ctx context.Context, id string) (err error) {
+// exportAgain is export for whoever is not at work on the session: one that ends is left alone.
+func (s *Service) exportAgain(ctx context.Context, id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	st, err := boot.Find(s.Root, id)
+	if errors.Is(err, boot.ErrNoBoot) || err == nil && (st.Step == boot.StepEnding || st.Step == boot.StepKept) {
+		return nil
+	}
+	return s.exportLocked(ctx, id)
+}
+
+// export serves a session, unless it does.
+func (s *Service) export(ctx context.Context, id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exportLocked(ctx, id)
+}
+
+func (s *Service) exportLocked(ctx context.Context, id string) (err error) {
 	if s.ending {
 		return ErrGone
 	}
@@ -312,7 +327,7 @@ func (s *Service) endIdle(ctx context.Context, end func()) {
 
 // A request is a line of JSON, and so is its answer; one of each per connection.
 type request struct {
-	Do string `json:"do"` // "export", "unexport", "status"
+	Do string `json:"do"` // "export", "export again", "unexport", "status"
 	ID string `json:"id,omitempty"`
 }
 
@@ -369,6 +384,8 @@ func (s *Service) carryOut(ctx context.Context, req request, a *answer) error {
 	switch req.Do {
 	case "export":
 		return s.export(ctx, req.ID)
+	case "export again":
+		return s.exportAgain(ctx, req.ID)
 	case "unexport":
 		return s.unexport(req.ID)
 	case "status":
@@ -415,9 +432,18 @@ const startTime = 30 * time.Second
 
 // Export has a session served; the service is started for that.
 func (c *Client) Export(ctx context.Context, id string) error {
+	return c.export(ctx, request{Do: "export", ID: id})
+}
+
+// ExportAgain is Export for whoever is not at work on the session: one that somebody ends meanwhile is left alone.
+func (c *Client) ExportAgain(ctx context.Context, id string) error {
+	return c.export(ctx, request{Do: "export again", ID: id})
+}
+
+func (c *Client) export(ctx context.Context, req request) error {
 	var failed error // of the last start
 	for end := time.Now().Add(startTime); ; {
-		_, err := c.ask(ctx, request{Do: "export", ID: id})
+		_, err := c.ask(ctx, req)
 		if !errors.Is(err, ErrGone) || c.Start == nil {
 			return err
 		}
