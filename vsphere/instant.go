@@ -32,6 +32,8 @@ type Instant struct {
 	Pool      string `json:"pool"`      // managed object
 	Keep      bool   `json:"keep"`      // the identity of the VM of the point
 	VM        string `json:"vm,omitempty"`
+	// Portgroup of a distributed switch that the cards are in, managed object; empty: as the .vmx says.
+	Portgroup string `json:"portgroup,omitempty"`
 }
 
 // InstantState is what is on the server.
@@ -48,6 +50,7 @@ type InstantState struct {
 // InstantPlace says where a VM is to run; empty: as the VM of the point did, or else the first that can.
 type InstantPlace struct {
 	Host, Folder, Pool string
+	Network            string // name; empty: as the .vmx says
 	Inventory          []byte // inventory.json of the point; may be empty
 }
 
@@ -77,7 +80,7 @@ func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (war
 	if err := r.findFolder(all, folder); err != nil {
 		return nil, fmt.Errorf("vsphere: %w", err)
 	}
-	in, err := r.inDatacenter(ctx, "HostSystem")
+	in, err := r.inDatacenter(ctx, "HostSystem", "Network")
 	if err != nil {
 		return nil, fmt.Errorf("vsphere: %w", missing(err))
 	}
@@ -86,7 +89,19 @@ func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (war
 	if err != nil {
 		return nil, fmt.Errorf("vsphere: %w", err)
 	}
-	i.Host, i.Folder, i.Pool = host.Value, r.to.folder.Value, pool.Value
+	i.Host, i.Folder, i.Pool, i.Portgroup = host.Value, r.to.folder.Value, pool.Value, ""
+	if p.Network != "" {
+		if err := r.findNetworks(ctx, in); err != nil {
+			return nil, fmt.Errorf("vsphere: %w", missing(err))
+		}
+		net, err := r.networkNamed(p.Network)
+		if err != nil {
+			return nil, fmt.Errorf("vsphere: %w", err)
+		}
+		if net.Type == portgroup {
+			i.Portgroup = net.Value
+		}
+	}
 	return r.warnings, nil
 }
 
@@ -104,8 +119,16 @@ func (s *Source) HostAddresses(ctx context.Context, i *Instant) ([]netip.Prefix,
 		if nic.Spec.Ip == nil {
 			continue
 		}
-		if a, err := netip.ParseAddr(nic.Spec.Ip.IpAddress); err == nil {
-			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		addrs := []string{nic.Spec.Ip.IpAddress}
+		if v6 := nic.Spec.Ip.IpV6Config; v6 != nil {
+			for _, a := range v6.IpV6Address {
+				addrs = append(addrs, a.IpAddress)
+			}
+		}
+		for _, text := range addrs {
+			if a, err := netip.ParseAddr(text); err == nil {
+				out = append(out, netip.PrefixFrom(a.WithZone(""), a.BitLen()))
+			}
 		}
 	}
 	return out, nil
@@ -268,7 +291,7 @@ func (s *Source) Register(ctx context.Context, i *Instant) error {
 	}
 	if st.Registered {
 		i.VM = st.VM
-		return nil
+		return s.plug(ctx, i)
 	}
 	ds, err := s.datastoreOf(ctx, i)
 	if err != nil {
@@ -289,7 +312,7 @@ func (s *Source) Register(ctx context.Context, i *Instant) error {
 		return fmt.Errorf("vsphere: register %s: the server does not say which VM it is", i.vmxPath(ds))
 	}
 	i.VM = ref.Value
-	return nil
+	return s.plug(ctx, i)
 }
 
 // PowerOn starts the VM, and answers what the host asks about files that were moved or copied.

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vmware/govmomi/vim25/types"
+
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/vsphere"
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
@@ -160,5 +162,59 @@ func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestInstantNetwork plugs a VM into a port group of a distributed switch, of which its .vmx knows nothing.
+func TestInstantNetwork(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	spec := threeDisks("web")
+	for i := range spec.Disks {
+		spec.Disks[i].Size &^= 511
+	}
+	spec.Networks = []string{"VM Network"}
+	vm := r.add(spec)
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	dir := t.TempDir()
+	r.folderOf(dir, "web-now", p, r.truth(vm))
+	r.server.SetHooks(vspheretest.Hooks{OnMount: func(string, string) (string, error) { return dir, nil }})
+	i := &vsphere.Instant{Datastore: "holdfast-1234", Server: "192.0.2.1", Export: "/1234", VMX: "web-now/web-now.vmx", Name: "web-now"}
+	ctx := t.Context()
+	place := vsphere.InstantPlace{Inventory: r.configFile(p, "inventory.json"), Network: "nowhere"}
+	if _, err := src.FindPlace(ctx, place, i); !errors.Is(err, vsphere.ErrNoTarget) {
+		t.Errorf("a network that is not there: %v", err)
+	}
+	place.Network = "DC0_DVPG0"
+	if warnings, err := src.FindPlace(ctx, place, i); err != nil || len(warnings) > 0 {
+		t.Fatal(err, warnings)
+	}
+	must(t, src.Mount(ctx, i))
+	for range 2 {
+		i.VM = ""
+		must(t, src.Register(ctx, i))
+		wantPlugged(t, r.server.VM(i.VM), i.Portgroup)
+	}
+}
+
+// wantPlugged looks at where the one network card of a VM is.
+func wantPlugged(t *testing.T, vm *vspheretest.VM, portgroup string) {
+	t.Helper()
+	var devices []types.BaseVirtualDevice
+	vm.Describe(func(c *types.VirtualMachineConfigInfo) { devices = c.Hardware.Device })
+	cards := 0
+	for _, d := range devices {
+		card, ok := d.(types.BaseVirtualEthernetCard)
+		if !ok {
+			continue
+		}
+		cards++
+		b, ok := card.GetVirtualEthernetCard().Backing.(*types.VirtualEthernetCardDistributedVirtualPortBackingInfo)
+		if !ok || b.Port.PortgroupKey != portgroup {
+			t.Errorf("a card is in %+v", card.GetVirtualEthernetCard().Backing)
+		}
+	}
+	if cards != 1 {
+		t.Errorf("the VM has %d cards", cards)
 	}
 }

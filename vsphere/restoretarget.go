@@ -78,14 +78,7 @@ func (r *restoring) find(ctx context.Context) error {
 	if _, err := r.chooseStore(stores, want); err != nil {
 		return err
 	}
-	var nets []mo.Network
-	if err := in.Retrieve(ctx, []string{"Network"}, []string{"name"}, &nets); err != nil {
-		return err
-	}
-	for _, n := range nets {
-		r.to.networks = append(r.to.networks, thing{unescape(n.Name), n.Self})
-	}
-	return nil
+	return r.findNetworks(ctx, in)
 }
 
 // inDatacenter is a view of what is in the datacenter that was found: names are unique in one, not in a server.
@@ -342,12 +335,11 @@ func (r *restoring) network(ctx context.Context, card *types.VirtualEthernetCard
 	if want == "" {
 		want = r.networkOf(card)
 	}
-	i := slices.IndexFunc(r.to.networks, func(n thing) bool { return n.name == want })
-	if i < 0 {
-		return nil, fmt.Errorf("network %q: %w; there are %q", want, ErrNoTarget, namesIn(r.to.networks))
+	ref, err := r.networkNamed(want)
+	if err != nil {
+		return nil, err
 	}
-	ref := r.to.networks[i].ref
-	if ref.Type == "DistributedVirtualPortgroup" {
+	if ref.Type == portgroup {
 		return object.NewDistributedVirtualPortgroup(r.src.c.Client, ref).EthernetCardBackingInfo(ctx)
 	}
 	n := object.NewNetwork(r.src.c.Client, ref)

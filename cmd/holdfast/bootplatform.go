@@ -297,13 +297,14 @@ func (c *call) instantOptions(ctx context.Context, r *store.Repo, p *store.Point
 			return opt, nil, err
 		}
 	}
-	if warnings, err = v.src.FindPlace(ctx, vsphere.InstantPlace{Host: c.String("host"), Folder: c.String("folder"), Pool: c.String("pool"), Inventory: what.Inventory}, v.rec); err != nil {
+	network := c.network()
+	if network == "none" {
+		network = ""
+	}
+	if warnings, err = v.src.FindPlace(ctx, vsphere.InstantPlace{Host: c.String("host"), Folder: c.String("folder"), Pool: c.String("pool"), Network: network, Inventory: what.Inventory}, v.rec); err != nil {
 		return opt, nil, err
 	}
-	vm := vsphere.InstantVM{Name: name, Mapping: what.Mapping, Machine: what.Machine, Connect: c.Bool("connect"), KeepIdentity: v.rec.Keep}
-	if n := c.network(); n != "none" {
-		vm.Network = n
-	}
+	vm := vsphere.InstantVM{Name: name, Network: network, Mapping: what.Mapping, Machine: what.Machine, Connect: c.Bool("connect"), KeepIdentity: v.rec.Keep}
 	opt = boot.Options{Name: name, Host: c.String("on"), Machine: boot.Machine{Name: name, Firmware: boot.BIOS}, Bus: func(*store.Disk) boot.Bus { return "" },
 		Now: c.clock.now, Files: map[string][]byte{}}
 	for _, d := range p.Disks {
