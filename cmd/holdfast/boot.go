@@ -105,7 +105,7 @@ func checkBoot(c *call) error {
 	takes := bootTakes(action)
 	for _, f := range bootFlags() {
 		name := f.Names()[0]
-		if c.IsSet(name) && !slices.Contains(takes, name) {
+		if c.given(f) && !slices.Contains(takes, name) {
 			return usagef("%s takes no --%s", strings.TrimSpace(what), name)
 		}
 	}
@@ -116,8 +116,8 @@ func checkBoot(c *call) error {
 		} else if on != "qemu" {
 			return c.checkPlatformBoot()
 		}
-		for _, name := range []string{"host", "folder", "pool", "connect", "keep-identity", "nfs", "portmap", "nfs-address", "allow"} {
-			if c.IsSet(name) {
+		for _, f := range platformBootFlags() {
+			if name := f.Names()[0]; c.given(f) && name != "idle" {
 				return usagef("boot --on qemu takes no --%s", name)
 			}
 		}
@@ -133,6 +133,15 @@ func checkBoot(c *call) error {
 		}
 	}
 	return nil
+}
+
+// given reports whether a flag is on the command line: one of the environment is for the commands that take it.
+func (c *call) given(f cli.Flag) bool {
+	if !c.IsSet(f.Names()[0]) {
+		return false
+	}
+	d, ok := f.(cli.DocGenerationFlag)
+	return !ok || !slices.ContainsFunc(d.GetEnvVars(), func(name string) bool { return os.Getenv(name) != "" })
 }
 
 func runBoot(ctx context.Context, c *call) error {
@@ -581,6 +590,9 @@ func (c *call) shootBoot(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	if s.Export != nil {
+		return withHint(fmt.Errorf("%s runs on %s", s.Name, s.Host), "its screen is shown there")
+	}
 	file, err := filepath.Abs(c.String("to"))
 	if err != nil {
 		return err
@@ -599,6 +611,10 @@ func (c *call) commitBoot(ctx context.Context, name string) error {
 	s, err := c.findBoot(name)
 	if err != nil {
 		return err
+	}
+	if s.Export != nil && s.Step != boot.StepKept {
+		return withHint(fmt.Errorf("%s runs on %s: a point of it is made when it has ended", s.Name, s.Host),
+			"'holdfast boot stop %s --keep' ends it; 'boot migrate' keeps it running, and it is backed up as any other VM", s.Name)
 	}
 	var p committed
 	if s.Served() {

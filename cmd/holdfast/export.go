@@ -14,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/fs/nbd"
 	"github.com/holdfast-backup/holdfast/fs/overlay"
@@ -227,13 +228,52 @@ func (c *call) openDisks(r *store.Repo, p *store.Point) (_ *openedDisks, err err
 	return o, nil
 }
 
-// scratch makes a directory that is removed at the end.
+const scratchName = "holdfast-export-"
+
+// scratch makes a directory that is removed at the end, or, after a kill, by the next export.
 func (o *openedDisks) scratch() (string, error) {
-	dir, err := os.MkdirTemp("", "holdfast-export-")
-	if err == nil {
-		o.closers = append(o.closers, func() error { return os.RemoveAll(dir) })
+	left, _ := filepath.Glob(filepath.Join(os.TempDir(), scratchName+"*"))
+	for _, dir := range left {
+		if lock, err := lockScratch(dir); err == nil { // nobody has it
+			os.RemoveAll(dir)
+			lock.Close()
+		}
 	}
-	return dir, err
+	for {
+		dir, err := os.MkdirTemp("", scratchName)
+		if err != nil {
+			return "", err
+		}
+		lock, err := lockScratch(dir)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.EWOULDBLOCK) {
+			continue // somebody took it for one that was left
+		}
+		if err != nil {
+			return "", err
+		}
+		o.closers = append(o.closers, lock.Close, func() error { return os.RemoveAll(dir) })
+		return dir, nil
+	}
+}
+
+// lockScratch makes this process the one that a directory belongs to.
+func lockScratch(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(int(f.Fd()), &st); err == nil && int(st.Uid) != os.Geteuid() {
+		err = os.ErrPermission
+	}
+	if err == nil {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // openOverlay opens an overlay, or makes it.

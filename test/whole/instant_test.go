@@ -185,7 +185,14 @@ func TestInstantStop(t *testing.T) {
 	boot := []string{"boot", "web/latest", "--on", "lab", "--allow", "127.0.0.1"}
 	l.must(t, boot...)
 	l.find(t, "web-instant").WriteAt(0, []byte("kept"), 1<<20)
+	l.wants(t, 1, "when it has ended", "boot", "commit", "web-instant")
+	l.wants(t, 1, "runs on lab", "boot", "screenshot", "web-instant", "--to", "/nonexistent/x.png")
 	l.must(t, "boot", "stop", "web-instant", "--keep", "--patience", "0s")
+	l.must(t, "boot", "commit", "web-instant")
+	l.mu.Lock()
+	copy(l.frozen[web][1<<20:], "kept")
+	l.mu.Unlock()
+	l.wantFrozen(t, "web/latest", web)
 	if out := l.must(t, "boot", "ls").out; !strings.Contains(out, "stopped") {
 		t.Errorf("boot ls says:\n%s", out)
 	}
@@ -196,7 +203,6 @@ func TestInstantStop(t *testing.T) {
 	}
 	l.must(t, "boot", "stop", "web-instant", "--patience", "0s")
 	l.wantNothing(t, 1)
-	l.wantFrozen(t, "web/latest", web)
 	l.wants(t, 64, `no source "lap"`, "boot", "web/latest", "--on", "lap")
 	l.wants(t, 1, "not on this server", append(boot, "--host", "nowhere")...)
 	l.wants(t, 64, "takes no --memory", append(boot, "--memory", "1G")...)

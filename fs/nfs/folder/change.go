@@ -246,7 +246,12 @@ func (f *Folder) finish(d, h *handle, tmp, name string, c nfs.Change) error {
 	if err := inherit(d, h, &c); err != nil {
 		return err
 	}
-	if err := set(h, c); err != nil {
+	err := set(h, c)
+	if errors.Is(err, unix.EPERM) && (c.UID != nil || c.GID != nil) { // who may give nothing away makes it his own
+		c.UID, c.GID = nil, nil
+		err = set(h, c)
+	}
+	if err != nil {
 		return err
 	}
 	f.names.RLock()
@@ -256,7 +261,7 @@ func (f *Folder) finish(d, h *handle, tmp, name string, c nfs.Change) error {
 	if f.slots[slot{d.id, name}] != nil {
 		return syscall.EEXIST
 	}
-	err := unix.Renameat2(f.stage, tmp, d.fd, name, unix.RENAME_NOREPLACE)
+	err = unix.Renameat2(f.stage, tmp, d.fd, name, unix.RENAME_NOREPLACE)
 	if err != nil {
 		return inRemoved(err)
 	}

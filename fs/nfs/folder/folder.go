@@ -127,8 +127,11 @@ func open(dir string, opt Options) (*Folder, error) {
 	if opt.OpenFiles == 0 {
 		opt.OpenFiles = 256
 	}
-	for _, d := range []string{dir, filepath.Join(dir, dataName), filepath.Join(dir, stageName)} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil { // clients come in by NFS only
+		return nil, err
+	}
+	for _, name := range []string{dataName, stageName} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, err
 		}
 	}
