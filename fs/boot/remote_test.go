@@ -17,6 +17,8 @@ type world struct {
 
 	calls, dies int
 	after       bool
+	late        bool // a mount that a command which is no more asked for comes through just before the export ends
+	busy        int  // looks for which the platform is at work on the VM
 }
 
 type death struct{}
@@ -37,14 +39,18 @@ func set(b *bool, to bool) func() error {
 	return func() error { *b = to; return nil }
 }
 
-func (w *world) Export(context.Context, string) error   { return w.do(set(&w.exported, true)) }
-func (w *world) Unexport(context.Context, string) error { return w.do(set(&w.exported, false)) }
-func (w *world) Record() (json.RawMessage, error)       { return json.RawMessage(`{}`), nil }
-func (w *world) Register(context.Context) error         { return w.do(set(&w.registered, true)) }
-func (w *world) PowerOn(context.Context) error          { return w.do(set(&w.on, true)) }
+func (w *world) Export(context.Context, string) error { return w.do(set(&w.exported, true)) }
+func (w *world) Unexport(context.Context, string) error {
+	w.mounted = w.mounted || w.late
+	return w.do(set(&w.exported, false))
+}
+func (w *world) Record() (json.RawMessage, error) { return json.RawMessage(`{}`), nil }
+func (w *world) Register(context.Context) error   { return w.do(set(&w.registered, true)) }
+func (w *world) PowerOn(context.Context) error    { return w.do(set(&w.on, true)) }
 
 func (w *world) Look(context.Context) (RemoteState, error) {
-	return RemoteState{Mounted: w.mounted, Registered: w.registered, On: w.on, Ours: w.registered && !w.away}, nil
+	w.busy--
+	return RemoteState{Mounted: w.mounted, Registered: w.registered, On: w.on, Ours: w.registered && !w.away, Busy: w.busy >= 0}, nil
 }
 
 func (w *world) Mount(context.Context) error {
@@ -93,7 +99,35 @@ func sessionIn(t *testing.T, root string) *State {
 	return s
 }
 
-func init() { onTheWay = time.Millisecond }
+func init() { onTheWay, busyTime = time.Millisecond, 300*time.Millisecond }
+
+// TestLate: what a killed command had asked for, and what came through only while the next one undid it, is undone, too.
+func TestLate(t *testing.T) {
+	s, w := sessionIn(t, t.TempDir()), &world{exported: true, late: true}
+	s.Step = StepMounting
+	if what, err := s.Settle(t.Context(), w, w); err != nil || what == "" {
+		t.Fatalf("%q, %v", what, err)
+	}
+	if w.mounted || w.exported || !s.Ended() {
+		t.Errorf("left: %+v", w)
+	}
+}
+
+// TestBusy: a VM that the platform is at work on is waited for before it is ended, for a time.
+func TestBusy(t *testing.T) {
+	w := &world{exported: true, mounted: true, registered: true, on: true, busy: 10}
+	s := sessionIn(t, t.TempDir())
+	s.Step = StepRunning
+	if err := s.End(t.Context(), w, w, StopRequest{}); err != nil || w.busy >= 0 || w.on || !s.Ended() {
+		t.Errorf("%+v, %v", w, err)
+	}
+	w = &world{exported: true, mounted: true, registered: true, on: true, busy: 1e9}
+	s = sessionIn(t, t.TempDir())
+	s.Step = StepRunning
+	if err := s.End(t.Context(), w, w, StopRequest{}); !errors.Is(err, ErrPlatformBusy) || !w.on || !w.exported {
+		t.Errorf("%+v, %v", w, err)
+	}
+}
 
 // TestRemoteDeath lets a command die at each of its steps, and the next one after it, too; the one after that leaves nothing half done.
 func TestRemoteDeath(t *testing.T) {

@@ -177,14 +177,7 @@ func (s *Service) serveAgain(ctx context.Context) {
 const againTime = 5 * time.Second
 
 func (s *Service) tryAgain(ctx context.Context) {
-	t := time.NewTicker(againTime)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
+	every(ctx, againTime, func() (over bool) {
 		s.mu.Lock()
 		ids := slices.Collect(maps.Keys(s.awaited))
 		s.mu.Unlock()
@@ -195,6 +188,23 @@ func (s *Service) tryAgain(ctx context.Context) {
 			case errors.Is(err, boot.ErrNoBoot):
 				s.forget(id)
 			}
+		}
+		return false
+	})
+}
+
+// every calls do again and again, until it says that it is over, or ctx ends.
+func every(ctx context.Context, d time.Duration, do func() (over bool)) {
+	t := time.NewTicker(d)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		if do() {
+			return
 		}
 	}
 }
@@ -306,23 +316,16 @@ func (s *Service) endIdle(ctx context.Context, end func()) {
 	if s.Idle <= 0 {
 		return
 	}
-	t := time.NewTicker(max(s.Idle/10, 10*time.Millisecond))
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
+	every(ctx, max(s.Idle/10, 10*time.Millisecond), func() bool {
 		s.mu.Lock()
 		over := len(s.served) == 0 && len(s.awaited) == 0 && time.Since(s.unused) > s.Idle
 		s.ending = over
 		s.mu.Unlock()
 		if over {
 			end()
-			return
 		}
-	}
+		return over
+	})
 }
 
 // A request is a line of JSON, and so is its answer; one of each per connection.
