@@ -49,7 +49,7 @@ var privileges = map[string][]string{
 const trackingPrivilege = "VirtualMachine.Config.ChangeTracking"
 
 // abilities are what an account may be good for besides backups, and what that takes: vSphere Web Services API, "Required privileges" of ImportVApp,
-// CreateVM_Task, Destroy_Task, ExportVm and PowerOnVM_Task, and of VDDK for writing.
+// CreateVM_Task, Destroy_Task, ExportVm, PowerOnVM_Task, CreateNasDatastore, RegisterVM_Task and RelocateVM_Task, and of VDDK for writing.
 var abilities = []struct {
 	name  string
 	needs map[string][]string
@@ -63,6 +63,15 @@ var abilities = []struct {
 	}},
 	{"a restore in place", map[string][]string{
 		"VirtualMachine": {"VirtualMachine.Provisioning.DiskRandomAccess", trackingPrivilege},
+	}},
+	{"a boot from a point", map[string][]string{
+		"Datastore":    {"Datastore.AllocateSpace"},
+		"Folder":       {"VirtualMachine.Inventory.Register"},
+		"HostSystem":   {"Host.Config.Storage"},
+		"Network":      {"Network.Assign"},
+		"ResourcePool": {"Resource.AssignVMToPool"},
+		"VirtualMachine": {"VirtualMachine.Inventory.Unregister", "VirtualMachine.Interact.PowerOn", "VirtualMachine.Interact.PowerOff", "VirtualMachine.Interact.AnswerQuestion",
+			"VirtualMachine.Config.EditDevice", "Resource.HotMigrate"},
 	}},
 	{"exports (transport: lease)", map[string][]string{
 		"VirtualMachine": {"VApp.Export"},
@@ -191,7 +200,7 @@ func (c *checker) compare(ctx context.Context, about string, level Level, of map
 // objects lists what privileges are asked about, by its kind.
 func (c *checker) objects(ctx context.Context) (map[string][]types.ManagedObjectReference, error) {
 	v, err := view.NewManager(c.src.c.Client).CreateContainerView(ctx, c.src.c.ServiceContent.RootFolder,
-		[]string{"Folder", "Datacenter", "ResourcePool", "Datastore", "Network"}, true)
+		[]string{"Folder", "Datacenter", "ResourcePool", "Datastore", "Network", "HostSystem"}, true)
 	if err != nil {
 		return nil, err
 	}
@@ -206,7 +215,7 @@ func (c *checker) objects(ctx context.Context) (map[string][]types.ManagedObject
 			of[ref.Type] = append(of[ref.Type], ref)
 		}
 	}
-	for _, kind := range []string{"Datastore", "Network"} {
+	for _, kind := range []string{"Datastore", "Network", "HostSystem"} {
 		if of[kind], err = v.Find(ctx, []string{kind}, nil); err != nil {
 			return nil, err
 		}

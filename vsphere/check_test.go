@@ -69,6 +69,36 @@ func TestPrivilegesToRestore(t *testing.T) {
 	r.nothingLeft(vm)
 }
 
+// TestPrivilegesToBoot: those that only a boot from a point needs are looked at on what they are needed on, and named when it fails for the lack of them.
+func TestPrivilegesToBoot(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	r.add(oneDisk("web"))
+	src := r.source()
+	for _, privilege := range []string{"Host.Config.Storage", "VirtualMachine.Inventory.Register", "VirtualMachine.Inventory.Unregister", "VirtualMachine.Interact.AnswerQuestion",
+		"Resource.HotMigrate", "VirtualMachine.Config.EditDevice", "VirtualMachine.Interact.PowerOff"} {
+		r.server.Deny(privilege)
+		f := finding(t, src, "privileges for a boot from a point")
+		if f.Level != vsphere.Warning || !strings.Contains(f.Text, privilege+" is missing on ") {
+			t.Errorf("without %s the check says %+v", privilege, f)
+		}
+		if f := finding(t, src, "privileges"); f.Level != vsphere.OK {
+			t.Errorf("without %s the check says %+v", privilege, f)
+		}
+		r.server.Allow(privilege)
+	}
+	if f := finding(t, src, "privileges for a boot from a point"); f.Level != vsphere.OK {
+		t.Errorf("the check says %+v", f)
+	}
+	i := &vsphere.Instant{Datastore: "holdfast-1234", Server: "192.0.2.1", Export: "/1234", VMX: "web-now/web-now.vmx", Name: "web-now"}
+	if _, err := src.FindPlace(t.Context(), vsphere.InstantPlace{}, i); err != nil {
+		t.Fatal(err)
+	}
+	r.server.Deny("Host.Config.Storage")
+	if err := src.Mount(t.Context(), i); !errors.Is(err, vsphere.ErrNoPrivilege) || !strings.Contains(err.Error(), "Host.Config.Storage") {
+		t.Errorf("a mount without Host.Config.Storage: %v", err)
+	}
+}
+
 // finding gives what a check says about something.
 func finding(t *testing.T, src *vsphere.Source, about string) vsphere.Finding {
 	t.Helper()
