@@ -68,14 +68,41 @@ func (v *instantVM) Move(ctx context.Context, to string, progress func(percent i
 	return v.src.Relocate(ctx, v.rec, to, func(percent int32) { progress(int(percent)) })
 }
 
-// remoteOf connects to the platform of a session.
-func (c *call) remoteOf(ctx context.Context, st *boot.State) (v *instantVM, err error) {
-	v = &instantVM{rec: &vsphere.Instant{}}
+// remotes are connections to platforms, one for all sessions on each.
+type remotes struct {
+	c      *call
+	by     map[string]*vsphere.Source
+	failed map[string]error // a platform that does not answer is waited for once
+}
+
+// of gives the VM of a session.
+func (r *remotes) of(ctx context.Context, st *boot.State) (*instantVM, error) {
+	v := &instantVM{rec: &vsphere.Instant{}}
 	if err := json.Unmarshal(st.Platform, v.rec); err != nil {
 		return nil, fmt.Errorf("%s: %w", st.Name, err)
 	}
-	v.src, _, err = c.platformNamed(ctx, st.Host)
-	return v, err
+	if err := r.failed[st.Host]; err != nil {
+		return nil, err
+	}
+	if r.by == nil {
+		r.by, r.failed = map[string]*vsphere.Source{}, map[string]error{}
+	}
+	if v.src = r.by[st.Host]; v.src != nil {
+		return v, nil
+	}
+	var err error
+	if v.src, _, err = r.c.platformNamed(ctx, st.Host); err != nil {
+		r.failed[st.Host] = err
+		return nil, err
+	}
+	r.by[st.Host] = v.src
+	return v, nil
+}
+
+func (r *remotes) close() {
+	for _, src := range r.by {
+		src.Close()
+	}
 }
 
 // exporter is the NFS service of the boots, which is started when it is needed.
@@ -137,19 +164,20 @@ func (c *call) settleBoots(ctx context.Context, look bool) error {
 		return err
 	}
 	list, _ := boot.List(root) // what cannot be read the command itself will say
-	exporter := c.exporter(root)
+	exporter, on := c.exporter(root), &remotes{c: c}
+	defer on.close()
 	for _, st := range list {
 		if st.Export == nil || st.Step == boot.StepKept {
 			continue
 		}
-		if err := c.settleBoot(ctx, st, exporter, look); err != nil && !st.Ended() {
+		if err := c.settleBoot(ctx, st, exporter, on, look); err != nil && !st.Ended() {
 			c.progress.warn("%s: %v", st.Name, err)
 		}
 	}
 	return ctx.Err()
 }
 
-func (c *call) settleBoot(ctx context.Context, st *boot.State, exporter *nfsd.Client, look bool) error {
+func (c *call) settleBoot(ctx context.Context, st *boot.State, exporter *nfsd.Client, on *remotes, look bool) error {
 	if st.Step == boot.StepRunning && !look {
 		return c.servedAgain(ctx, st, exporter.ExportAgain)
 	}
@@ -163,7 +191,7 @@ func (c *call) settleBoot(ctx context.Context, st *boot.State, exporter *nfsd.Cl
 	if err != nil {
 		return err
 	}
-	err = c.settle(ctx, st, exporter, look)
+	err = c.settle(ctx, st, exporter, on, look)
 	release()
 	c.unpinEnded(ctx, st)
 	return err
@@ -186,7 +214,7 @@ func (c *call) unpinEnded(ctx context.Context, st *boot.State) {
 // lookTime is how long a platform has to say how a VM is.
 const lookTime = 30 * time.Second
 
-func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client, look bool) error {
+func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client, on *remotes, look bool) error {
 	if st.Step == boot.StepMade {
 		_, err := st.Settle(ctx, nil, exporter)
 		return err
@@ -203,11 +231,10 @@ func (c *call) settle(ctx context.Context, st *boot.State, exporter *nfsd.Client
 		ctx, cancel = context.WithTimeout(ctx, lookTime)
 		defer cancel()
 	}
-	v, err := c.remoteOf(ctx, st)
+	v, err := on.of(ctx, st)
 	if err != nil {
 		return err
 	}
-	defer v.src.Close()
 	what, err := st.Settle(ctx, v, exporter)
 	switch {
 	case err != nil || what == "":
@@ -382,11 +409,12 @@ func (c *call) onPlatform(ctx context.Context, st *boot.State, do func(v *instan
 	if err != nil {
 		return err
 	}
-	v, err := c.remoteOf(ctx, st)
+	on := &remotes{c: c}
+	defer on.close()
+	v, err := on.of(ctx, st)
 	if err != nil {
 		return err
 	}
-	defer v.src.Close()
 	defer c.unpinEnded(ctx, st)
 	return do(v, c.exporter(root))
 }
