@@ -248,8 +248,8 @@ func (c *call) backupVM(ctx context.Context, to backup.Target, src backup.Source
 		return nil, err
 	}
 	defer func() {
-		if cerr := snap.Close(); cerr != nil && err == nil {
-			// The point is there; what is left on the host the next run removes.
+		if cerr := snap.Close(); cerr != nil {
+			// That is no part of what became of the point; what is left on the host the next run removes.
 			c.progress.warn("%v", cerr)
 		}
 	}()

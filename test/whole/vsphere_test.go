@@ -21,6 +21,7 @@ type lab struct {
 	*repository
 	server *vspheretest.Server
 	config string
+	state  string // directory of the program's
 
 	mu     sync.Mutex                 // guards following
 	guests map[*vspheretest.VM][]byte // what each one disk holds
@@ -29,9 +30,16 @@ type lab struct {
 
 func newLab(t *testing.T, more string) *lab {
 	t.Helper()
-	l := &lab{repository: newRepository(t), server: vspheretest.New(t, vspheretest.Options{}), guests: map[*vspheretest.VM][]byte{}, frozen: map[*vspheretest.VM][]byte{}}
+	return newLabOf(t, newRepository(t), more)
+}
+
+// newLabOf is newLab with a repository that is there already.
+func newLabOf(t *testing.T, r *repository, more string) *lab {
+	t.Helper()
 	dir := newDir(t)
-	l.as = []string{"env", "HOLDFAST_STATE=" + filepath.Join(dir, "state")}
+	l := &lab{repository: r, server: vspheretest.New(t, vspheretest.Options{}), state: filepath.Join(dir, "state"),
+		guests: map[*vspheretest.VM][]byte{}, frozen: map[*vspheretest.VM][]byte{}}
+	l.as = []string{"env", "HOLDFAST_STATE=" + l.state}
 	l.config = filepath.Join(dir, "config.yaml")
 	text := fmt.Sprintf("sources:\n  lab: {vsphere: %q, user: %q, password_file: pw, thumbprint: %q%s}\n", l.server.URL(), l.server.User, l.server.Thumbprint(), more)
 	for file, text := range map[string]string{"pw": l.server.Password + "\n", "config.yaml": text} {
@@ -81,15 +89,21 @@ func (l *lab) platform(args ...string) []string {
 // wantFrozen restores a point and compares it with what was frozen.
 func (l *lab) wantFrozen(t *testing.T, point string, vm *vspheretest.VM) {
 	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.wantDisk(t, point, l.frozen[vm])
+}
+
+// wantDisk restores a point and compares its disk.
+func (l *lab) wantDisk(t *testing.T, point string, want []byte) {
+	t.Helper()
 	dir := newDir(t)
 	l.must(t, "restore", point, "--to", dir)
 	got, err := os.ReadFile(filepath.Join(dir, "disk0.raw"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !bytes.Equal(got, l.frozen[vm]) {
+	if !bytes.Equal(got, want) {
 		t.Errorf("%s is not what was frozen", point)
 	}
 }
