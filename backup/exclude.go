@@ -124,9 +124,11 @@ func (r *run) ranges(ctx context.Context, d Disk, name string, p plan, l *leftOu
 		return p.from.Changed(ctx)
 	}
 	unit := int64(r.draft.ChunkSize())
-	said := d.Extents(ctx, p.since)
+	var said iter.Seq2[extent.Extent, error]
 	if w, ok := d.(Whole); ok && p.since == "" && p.doubt {
 		said = w.Whole(ctx)
+	} else {
+		said = d.Extents(ctx, p.since)
 	}
 	list := extent.CoarsenUpTo(said, unit, max(1, jobBytes/unit)*unit, d.Size())
 	// What was left out the last time and is not any more did not need to change for that: a file system may give blocks to a

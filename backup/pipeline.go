@@ -157,9 +157,13 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 		next := int64(0) // first chunk not settled yet
 		gone := newPuncher(builder, p, int64(cs))
 		defer gone.stop()
+		defer p.told.follow(p.gone)()
 		settle := func(to int64) error {
 			if p.since == "" {
 				if err := builder.Punch(gctx, next, to); err != nil {
+					return err
+				}
+				if err := p.told.passed(gctx, next, to); err != nil {
 					return err
 				}
 			} else if err := gone.upTo(gctx, to); err != nil {
@@ -181,7 +185,7 @@ func (r *run) write(ctx context.Context, src io.ReaderAt, size int64, p plan, ra
 			if err := builder.Set(gctx, j.first, j.ids[:j.n], j.parents[:j.n]); err != nil {
 				return err
 			}
-			p.told.saw(j.first, j.ids[:j.n], j.parents[:j.n], &p, int64(cs))
+			p.told.saw(j.first, j.ids[:j.n], j.parents[:j.n])
 			for k, id := range j.ids[:j.n] {
 				if !id.IsZero() {
 					stats.Data += int64(cs)

@@ -240,7 +240,7 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 	}
 	if p.since != "" && p.from == nil {
 		if rec.Compared = p.compared; r.due(p.compared) {
-			if p, err = r.compare(ctx, d, p); err != nil {
+			if p, err = r.compare(ctx, d, name, p, left); err != nil {
 				return nil, err
 			}
 			rec.Compared = began.UTC().Truncate(time.Second)
@@ -265,7 +265,7 @@ func (r *run) disk(ctx context.Context, d Disk, name string, left *leftOut) (*st
 	if err != nil {
 		return nil, err
 	}
-	if w := p.told.warning(); w != "" {
+	for _, w := range p.told.warnings() {
 		rec.Warnings = append(rec.Warnings, name+": "+w)
 	}
 	warning, err := d.Verify()
