@@ -13,13 +13,19 @@ import (
 	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/store"
 	"github.com/holdfast-backup/holdfast/store/extent"
+	"github.com/holdfast-backup/holdfast/store/remote/agent"
 )
 
 // TestCompare: a source that tracks changes is taken at its word until it is time to look; then what it did not name is found, said and backed up.
 func TestCompare(t *testing.T) {
-	for _, lie := range []bool{true, false} {
-		t.Run(fmt.Sprint("lie ", lie), func(t *testing.T) {
+	for _, c := range []struct{ lie, away bool }{{true, false}, {false, false}, {true, true}} {
+		t.Run(fmt.Sprintf("%+v", c), func(t *testing.T) {
 			_, repo := newRepo(t, store.InitOptions{ChunkSize: 64 << 10})
+			lie, to := c.lie, backup.Local(repo)
+			if c.away {
+				client, _ := newAgent(t, repo, serveAgents(t, repo, agent.ServerOptions{}))
+				to = backup.Away(client)
+			}
 			d := &memDisk{key: "a", data: make([]byte, 4<<20)}
 			for i := range d.data {
 				d.data[i] = byte(i >> 9 * 7)
@@ -36,7 +42,7 @@ func TestCompare(t *testing.T) {
 				if hidden {
 					d.data[3<<20+5]++
 				}
-				p, err := backup.Run(t.Context(), repo, snap, backup.Options{CompareEvery: backup.Duration{Days: 3}, Now: func() time.Time { return now }})
+				p, err := backup.RunTo(t.Context(), to, snap, backup.Options{CompareEvery: backup.Duration{Days: 3}, Now: func() time.Time { return now }})
 				if err != nil {
 					t.Fatal(err)
 				}

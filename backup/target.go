@@ -22,7 +22,7 @@ type Draft interface {
 	// ChunkSize is the unit in which disks are stored, bytes.
 	ChunkSize() int
 	// Parent is the point that the new one is compared with; nil when there is none. Of
-	// its disks name, key, size, change id and stats.Data are set, all else may be missing.
+	// its disks name, key, size, change id, when they were compared and stats.Data are set, all else may be missing.
 	Parent() *store.Point
 	// Base gives a disk of the parent, by its name. It is nil when chunks of it are lost, so
 	// that the new point must not share what it consists of.

@@ -217,7 +217,7 @@ func parentIn(text []byte) (*store.Point, error) {
 		if d.Size < 0 || d.Size > maxDiskSize {
 			return nil, fmt.Errorf("the server's answer: a disk of %d bytes", d.Size)
 		}
-		p.Disks = append(p.Disks, store.Disk{Name: d.Name, Key: d.Key, Size: d.Size, ChangeID: d.ChangeID, Stats: store.Stats{Data: d.Data}})
+		p.Disks = append(p.Disks, store.Disk{Name: d.Name, Key: d.Key, Size: d.Size, ChangeID: d.ChangeID, Compared: d.Compared, Stats: store.Stats{Data: d.Data}})
 	}
 	return p, nil
 }

@@ -165,6 +165,6 @@ func (x *session) disk(d diskMessage) (store.Disk, error) {
 	}
 	cs := int64(x.srv.repo.ChunkSize())
 	most := (d.Size + cs - 1) / cs * cs
-	return store.Disk{Key: d.Key, Size: d.Size, Root: root, ChangeID: d.ChangeID, Read: d.How, Warnings: warnings,
+	return store.Disk{Key: d.Key, Size: d.Size, Root: root, ChangeID: d.ChangeID, Compared: d.Compared, Read: d.How, Warnings: warnings,
 		Stats: store.Stats{Total: d.Size, Data: min(max(d.Data, 0), most), Read: min(max(d.Read, 0), d.Size)}}, nil
 }

@@ -138,11 +138,12 @@ type parentMessage struct {
 }
 
 type parentDisk struct {
-	Name     string `json:"name"`
-	Key      string `json:"key"`
-	Size     int64  `json:"size"`
-	ChangeID string `json:"change_id,omitempty"`
-	Data     int64  `json:"bytes_data"`
+	Name     string    `json:"name"`
+	Key      string    `json:"key"`
+	Size     int64     `json:"size"`
+	ChangeID string    `json:"change_id,omitempty"`
+	Compared time.Time `json:"compared,omitzero"` // as Disk.Compared
+	Data     int64     `json:"bytes_data"`
 }
 
 // pointMessage describes a point to be committed: what only the client knows. Lists stay JSON until
@@ -161,6 +162,7 @@ type diskMessage struct {
 	Size     int64           `json:"size"`
 	Root     []byte          `json:"root,omitempty"` // as finish gave it; empty for one hole
 	ChangeID string          `json:"change_id,omitempty"`
+	Compared time.Time       `json:"compared,omitzero"`
 	How      string          `json:"read"` // as Disk.Read
 	Data     int64           `json:"bytes_data"`
 	Read     int64           `json:"bytes_read"`

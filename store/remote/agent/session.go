@@ -334,7 +334,7 @@ func (x *session) begin(ctx context.Context, text, out []byte) ([]byte, error) {
 	if parent != nil {
 		m.ID = &parent.ID
 		for _, d := range parent.Disks {
-			m.Disks = append(m.Disks, parentDisk{d.Name, d.Key, d.Size, d.ChangeID, d.Stats.Data})
+			m.Disks = append(m.Disks, parentDisk{d.Name, d.Key, d.Size, d.ChangeID, d.Compared, d.Stats.Data})
 		}
 	}
 	b, err := json.Marshal(m)

@@ -366,7 +366,7 @@ func (m *Map) Close(context.Context) error { return nil }
 func (s *Session) Commit(ctx context.Context, p *store.Point) error {
 	disks := []diskMessage{}
 	for _, d := range p.Disks {
-		disks = append(disks, diskMessage{d.Key, d.Size, d.Root, d.ChangeID, d.Read, d.Stats.Data, d.Stats.Read, list(presentable(d.Warnings))})
+		disks = append(disks, diskMessage{d.Key, d.Size, d.Root, d.ChangeID, d.Compared, d.Read, d.Stats.Data, d.Stats.Read, list(presentable(d.Warnings))})
 	}
 	var files []fileMessage
 	for _, f := range p.Config {
