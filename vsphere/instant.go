@@ -317,67 +317,10 @@ func (s *Source) Register(ctx context.Context, i *Instant) error {
 
 // PowerOn starts the VM, and answers what the host asks about files that were moved or copied.
 func (s *Source) PowerOn(ctx context.Context, i *Instant) error {
-	res, err := methods.PowerOnVM_Task(ctx, s.c, &types.PowerOnVM_Task{This: i.vmRef()})
-	if err == nil {
-		waiting, cancel := context.WithCancelCause(ctx)
-		answered := make(chan struct{})
-		go func() {
-			defer close(answered)
-			if err := s.answer(waiting, i); err != nil {
-				cancel(err) // the task waits for an answer that it does not get
-			}
-		}()
-		_, err = s.wait(waiting, res.Returnval)
-		if cause := context.Cause(waiting); cause != nil && err != nil {
-			undo, done := context.WithTimeout(context.WithoutCancel(ctx), verifyTime)
-			_, _ = methods.CancelTask(undo, s.c, &types.CancelTask{This: res.Returnval})
-			done()
-			err = cause
-		}
-		cancel(nil)
-		<-answered
-	}
-	var was *types.InvalidPowerState
-	if _, ok := fault.As(err, &was); ok && was.ExistingState == types.VirtualMachinePowerStatePoweredOn {
-		return nil
-	}
-	if err != nil {
+	if err := s.powerOn(ctx, i.vmRef(), i.Name, i.Keep); err != nil {
 		return fmt.Errorf("vsphere: switch %s on: %w", i.Name, missing(err))
 	}
 	return nil
-}
-
-// askedEvery is how often the VM is looked at for a question, while it is switched on.
-const askedEvery = 200 * time.Millisecond
-
-// answer answers questions about the identity of the VM until ctx ends; another question is an error.
-func (s *Source) answer(ctx context.Context, i *Instant) error {
-	last := "" // question that was answered; it may be seen once more
-	for {
-		var vm mo.VirtualMachine
-		if err := s.c.retrieve(ctx, i.vmRef(), []string{"runtime.question"}, &vm); err != nil {
-			return nil // the task tells
-		}
-		if q := vm.Runtime.Question; q != nil && q.Id != last {
-			choice, want := "", map[bool]string{true: "moved", false: "copied"}[i.Keep]
-			for _, c := range q.Choice.ChoiceInfo {
-				if d := c.GetElementDescription(); strings.Contains(strings.ToLower(d.Label+d.Summary), want) {
-					choice = d.Key
-				}
-			}
-			if choice == "" {
-				return fmt.Errorf("the host asks: %s", q.Text)
-			}
-			if _, err := methods.AnswerVM(ctx, s.c, &types.AnswerVM{This: i.vmRef(), QuestionId: q.Id, AnswerChoice: choice}); err != nil {
-				return err
-			}
-			last = q.Id
-			s.logf("%s: answered %q with %q", i.Name, q.Text, choice)
-		}
-		if s.cfg.Sleep(ctx, askedEvery) != nil {
-			return nil
-		}
-	}
 }
 
 // PowerOff switches the VM off; with patience the guest is asked to shut down before that. One that was moved away is left alone.

@@ -115,11 +115,7 @@ func (r *restoring) run(ctx context.Context) (*Restored, error) {
 		}
 	}
 	if r.what.PowerOn {
-		res, err := methods.PowerOnVM_Task(ctx, r.src.c, &types.PowerOnVM_Task{This: ref})
-		if err == nil {
-			_, err = r.src.wait(ctx, res.Returnval)
-		}
-		if err != nil {
+		if err := r.src.powerOn(ctx, ref, r.what.Name, r.what.KeepIdentity); err != nil {
 			return nil, fmt.Errorf("it is restored, but could not be switched on: %w", err)
 		}
 	}

@@ -105,6 +105,9 @@ func (vm *VM) power(ctx *simulator.Context, on bool) types.BaseMethodFault {
 // PowerOnVMTask starts the VM.
 func (o *vmObject) PowerOnVMTask(ctx *simulator.Context, _ *types.PowerOnVM_Task) soap.HasFault {
 	ref := o.vm.s.task(ctx, o.Self, "PowerOnVM", func(ctx *simulator.Context) (types.AnyType, types.BaseMethodFault) {
+		if fault := o.vm.ask(ctx); fault != nil {
+			return nil, fault
+		}
 		return nil, o.vm.power(ctx, true)
 	})
 	return &methods.PowerOnVM_TaskBody{Res: &types.PowerOnVM_TaskResponse{Returnval: ref}}

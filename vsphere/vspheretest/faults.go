@@ -24,6 +24,9 @@ type Faults struct {
 	ConsolidationFails int
 	MethodDelay        map[string]time.Duration // method => before each call of it
 
+	// What the next VMs that are switched on by a task ask, all of them.
+	Questions []Question
+
 	// Any method: what the next calls of it fail with, in order. A nil lets one call pass.
 	Calls map[string][]types.BaseMethodFault // as the answer to the call
 	Tasks map[string][]types.BaseMethodFault // as the end of the task; the name of the method has _Task at its end

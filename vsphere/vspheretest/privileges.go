@@ -28,6 +28,7 @@ var required = map[string][]string{
 	"Destroy_Task":            {"VirtualMachine.Inventory.Delete"},
 	"PowerOnVM_Task":          {"VirtualMachine.Interact.PowerOn"},
 	"PowerOffVM_Task":         {"VirtualMachine.Interact.PowerOff"},
+	"AnswerVM":                {"VirtualMachine.Interact.AnswerQuestion"},
 	"RelocateVM_Task":         {"Resource.ColdMigrate"},
 	"CreateNasDatastore":      {"Host.Config.Storage"},
 	"RemoveDatastore":         {"Host.Config.Storage"},

@@ -49,17 +49,19 @@ type Server struct {
 	done    chan struct{}  // closed when the test ends
 	work    sync.WaitGroup // what writes to scratch; added to under mu, and not once closed is set
 
-	mu      sync.Mutex // guards following
-	faults  Faults
-	hooks   Hooks
-	counts  counters
-	vms     map[types.ManagedObjectReference]*VM
-	planted map[types.ManagedObjectReference][]*simulator.Registry // object => sessions with a wrapper of it
-	lost    map[string]bool                                        // keys of sessions that the server has forgotten
-	denied  map[string]bool                                        // privileges that the user does not have
-	leases  map[string]*lease                                      // token => lease
-	nextID  int
-	closed  bool
+	mu        sync.Mutex // guards following
+	faults    Faults
+	hooks     Hooks
+	counts    counters
+	vms       map[types.ManagedObjectReference]*VM
+	planted   map[types.ManagedObjectReference][]*simulator.Registry // object => sessions with a wrapper of it
+	lost      map[string]bool                                        // keys of sessions that the server has forgotten
+	denied    map[string]bool                                        // privileges that the user does not have
+	leases    map[string]*lease                                      // token => lease
+	questions map[types.ManagedObjectReference]*asked                // VM => that waits for an answer
+	answers   []string
+	nextID    int
+	closed    bool
 }
 
 // Hooks are called at moments that a test wants to know of, without any lock held. They may use everything here.
@@ -94,7 +96,7 @@ func New(t testing.TB, o Options) *Server {
 		counts:  newCounters(),
 		vms:     map[types.ManagedObjectReference]*VM{},
 		planted: map[types.ManagedObjectReference][]*simulator.Registry{},
-		lost:    map[string]bool{}, denied: map[string]bool{}, leases: map[string]*lease{},
+		lost:    map[string]bool{}, denied: map[string]bool{}, leases: map[string]*lease{}, questions: map[types.ManagedObjectReference]*asked{},
 	}
 	creating.Lock()
 	err := s.model.Create()
