@@ -80,12 +80,22 @@ func (s *Source) FindPlace(ctx context.Context, p InstantPlace, i *Instant) (war
 	if err := r.findFolder(all, folder); err != nil {
 		return nil, fmt.Errorf("vsphere: %w", err)
 	}
-	in, err := r.inDatacenter(ctx, "HostSystem", "Network")
+	in, err := r.inDatacenter(ctx, "HostSystem", "Datastore", "Network")
 	if err != nil {
 		return nil, fmt.Errorf("vsphere: %w", missing(err))
 	}
 	defer in.Destroy(context.WithoutCancel(ctx))
-	host, pool, err := r.findHost(ctx, in, all, p.Host, &was, func(types.ManagedObjectReference) bool { return true })
+	stores, err := r.stores(ctx, in)
+	if err != nil {
+		return nil, fmt.Errorf("vsphere: %w", missing(err))
+	}
+	// It runs from the export, but is to be moved to where it was: a host that can is chosen first.
+	want, err := r.wantedStore(stores, &was)
+	if err != nil {
+		return nil, fmt.Errorf("vsphere: %w", err)
+	}
+	has := func(host types.ManagedObjectReference) bool { return want == "" || onHost(stores[want], host) }
+	host, pool, err := r.findHost(ctx, in, all, p.Host, &was, has)
 	if err != nil {
 		return nil, fmt.Errorf("vsphere: %w", err)
 	}

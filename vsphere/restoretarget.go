@@ -78,6 +78,10 @@ func (r *restoring) find(ctx context.Context) error {
 	if _, err := r.chooseStore(stores, want); err != nil {
 		return err
 	}
+	old := slices.Sorted(maps.Values(was.Datastores))
+	if r.what.Datastore == "" && len(old) > 0 && !slices.Contains(old, r.to.datastoreName) {
+		r.warnf("no host for it has the datastore %s: it is on %s", strings.Join(old, ", "), r.to.datastoreName)
+	}
 	return r.findNetworks(ctx, in)
 }
 
@@ -170,6 +174,9 @@ func (r *restoring) findHost(ctx context.Context, in *view.ContainerView, all pl
 	}
 	if len(hosts) > 0 {
 		return host, pool, fmt.Errorf("no host has the datastore %q and the resource pool %q: %w", r.what.Datastore, r.what.Pool, ErrNoTarget)
+	}
+	if want == "" {
+		return host, pool, fmt.Errorf("a host of %s that can run VMs now: %w", r.to.datacenterPath, ErrNoTarget)
 	}
 	return host, pool, fmt.Errorf("host %q: %w, or cannot run VMs now; there are %q", want, ErrNoTarget, names)
 }

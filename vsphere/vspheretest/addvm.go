@@ -37,11 +37,12 @@ func (s *Server) AddVM(spec VMSpec) *VM {
 		s.must(l.raw.Close()) // adopt opens it
 		bases = append(bases, l)
 	}
-	folder, err := s.folder(ctx, spec.Folder)
+	host := s.host(spec.Host)
+	folder, err := s.folder(ctx, spec.Folder, *host)
 	s.must(err)
-	pool, err := s.pool(ctx, spec.Pool)
+	pool, err := s.pool(ctx, spec.Pool, *host)
 	s.must(err)
-	req := &types.CreateVM_Task{This: folder.Self, Config: s.configSpec(spec, dir.ref(stem+".vmx"), bases), Pool: pool, Host: s.host(spec.Host)}
+	req := &types.CreateVM_Task{This: folder.Self, Config: s.configSpec(spec, dir.ref(stem+".vmx"), bases), Pool: pool, Host: host}
 	ref, fault := makeVM(ctx, folder, req)
 	if fault != nil {
 		s.t.Fatalf("vspheretest: create %s: %T %+v", spec.Name, fault, fault)

@@ -156,7 +156,13 @@ func (s *Server) SetDatastoreHosts(name string, hosts ...string) {
 	s.changeDatastore(ds, types.PropertyChange{Name: "host", Val: mounts})
 }
 
-func (s *Server) changeDatastore(ds *simulator.Datastore, change types.PropertyChange) {
+func (s *Server) changeDatastore(ds *simulator.Datastore, changes ...types.PropertyChange) {
 	ctx := s.context()
-	ctx.WithLock(ds, func() { ctx.Update(ds, []types.PropertyChange{change}) })
+	ctx.WithLock(ds, func() { ctx.Update(ds, changes) })
+}
+
+// SetMaintenance says whether a host is in maintenance mode: it runs no VMs then.
+func (s *Server) SetMaintenance(host string, on bool) {
+	ctx, h := s.context(), s.model.Map().Get(*s.host(host))
+	ctx.WithLock(h, func() { ctx.Update(h, []types.PropertyChange{{Name: "runtime.inMaintenanceMode", Val: on}}) })
 }

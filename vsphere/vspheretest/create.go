@@ -120,7 +120,7 @@ func (o *poolObject) ImportVApp(ctx *simulator.Context, req *types.ImportVApp) s
 		return body
 	}
 	own := o.s.context()
-	folder, err := o.s.folder(own, "")
+	folder, err := o.s.folder(own, "", *o.s.host(""))
 	if req.Folder != nil {
 		folder, ok = ctx.Map.Get(*req.Folder).(*simulator.Folder)
 	}

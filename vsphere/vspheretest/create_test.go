@@ -29,7 +29,7 @@ func (c *client) folders() (*object.Datacenter, *object.DatacenterFolders, *obje
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	pool, err := c.s.pool(c.s.context(), "")
+	pool, err := c.s.pool(c.s.context(), "", *c.s.host(""))
 	if err != nil {
 		c.t.Fatal(err)
 	}

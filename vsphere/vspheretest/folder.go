@@ -29,7 +29,7 @@ func (s *Server) serveFolder(w http.ResponseWriter, r *http.Request) {
 	}
 	file := strings.TrimPrefix(r.URL.Path, "/folder/")
 	ds, err := s.datastore(r.URL.Query().Get("dsName"))
-	if err != nil || r.URL.Query().Get("dsName") == "" || !s.isDatacenter(r.URL.Query().Get("dcPath")) || strings.Contains(file, "..") {
+	if err != nil || r.URL.Query().Get("dsName") == "" || !s.isDatacenter(ds, r.URL.Query().Get("dcPath")) || strings.Contains(file, "..") {
 		http.NotFound(w, r)
 		return
 	}
@@ -56,10 +56,9 @@ func (s *Server) serveFolder(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// isDatacenter says whether a path names the datacenter. A host that is asked itself has but one, and needs no name.
-func (s *Server) isDatacenter(name string) bool {
-	dc := s.model.Map().Any("Datacenter").(*simulator.Datacenter)
-	return strings.Trim(name, "/") == dc.Name || s.opt.ESX && name == ""
+// isDatacenter says whether a path names the datacenter of a datastore. A host that is asked itself has but one, and needs no name.
+func (s *Server) isDatacenter(ds *simulator.Datastore, name string) bool {
+	return strings.Trim(name, "/") == s.datacenterOf(ds.Self).Name || s.opt.ESX && name == ""
 }
 
 // owner finds the VM whose disk a file belongs to.

@@ -2,6 +2,7 @@ package vspheretest
 
 import (
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -43,9 +44,35 @@ func (s *Server) task(ctx *simulator.Context, entity types.ManagedObjectReferenc
 	return ref
 }
 
-// folder finds a folder of VMs, and makes what is missing of its path.
-func (s *Server) folder(ctx *simulator.Context, path string) (*simulator.Folder, error) {
-	dc := s.model.Map().Any("Datacenter").(*simulator.Datacenter)
+// datacenterOf finds the datacenter that something is in.
+func (s *Server) datacenterOf(ref types.ManagedObjectReference) *simulator.Datacenter {
+	for {
+		switch e := s.model.Map().Get(ref).(type) {
+		case *simulator.Datacenter:
+			return e
+		case mo.Entity:
+			if up := e.Entity().Parent; up != nil {
+				ref = *up
+				continue
+			}
+		}
+		s.t.Fatalf("vspheretest: %s is in no datacenter", ref)
+	}
+}
+
+// nameDatastores gives datastores of different datacenters different names: the double finds them by these.
+func (s *Server) nameDatastores() {
+	for _, e := range s.model.Map().All("Datastore") {
+		if ds, dc := e.(*simulator.Datastore), s.datacenterOf(e.Reference()); s.opt.Datacenters > 1 && dc.Name != "DC0" {
+			name := ds.Name + "_" + dc.Name
+			s.changeDatastore(ds, types.PropertyChange{Name: "name", Val: name}, types.PropertyChange{Name: "summary.name", Val: name})
+		}
+	}
+}
+
+// folder finds a folder of VMs of the host's datacenter, and makes what is missing of its path.
+func (s *Server) folder(ctx *simulator.Context, path string, host types.ManagedObjectReference) (*simulator.Folder, error) {
+	dc := s.datacenterOf(host)
 	f := s.model.Map().Get(dc.VmFolder).(*simulator.Folder)
 	for _, name := range strings.Split(path, "/") {
 		if name == "" {
@@ -73,11 +100,15 @@ func (s *Server) folder(ctx *simulator.Context, path string) (*simulator.Folder,
 	return f, nil
 }
 
-// pool finds a resource pool, or makes it below the root; the root's own name is Resources.
-func (s *Server) pool(ctx *simulator.Context, name string) (types.ManagedObjectReference, error) {
+// pool finds a resource pool of the host or its cluster, or makes it below the root; the root's own name is Resources.
+func (s *Server) pool(ctx *simulator.Context, name string, host types.ManagedObjectReference) (types.ManagedObjectReference, error) {
+	owner := s.model.Map().Get(host).(*simulator.HostSystem).Parent
 	var root *simulator.ResourcePool
 	for _, e := range s.model.Map().All("ResourcePool") {
 		p := e.(*simulator.ResourcePool)
+		if p.Owner != *owner {
+			continue
+		}
 		if p.Name == name || name == "" && p.Parent.Type != "ResourcePool" {
 			return p.Self, nil
 		}
@@ -151,4 +182,21 @@ func (s *Server) setAttribute(ctx *simulator.Context, vm *simulator.VirtualMachi
 		m.SetField(ctx, &types.SetField{This: m.Self, Entity: vm.Self, Key: key, Value: value})
 	})
 	return err
+}
+
+// NameOf is the name of a host or resource pool, by its id.
+func (s *Server) NameOf(id string) string {
+	for _, kind := range []string{"HostSystem", "ResourcePool"} {
+		if e, ok := s.model.Map().Get(types.ManagedObjectReference{Type: kind, Value: id}).(mo.Entity); ok {
+			return e.Entity().Name
+		}
+	}
+	return ""
+}
+
+// Directory is where on this machine a folder of a datastore is.
+func (s *Server) Directory(datastore, folder string) string {
+	ds, err := s.datastore(datastore)
+	s.must(err)
+	return filepath.Join(ds.Summary.Url, folder)
 }

@@ -185,7 +185,7 @@ func (c *client) importSpec(name string, sizes ...int64) *types.VirtualMachineIm
 
 func (c *client) importVApp(spec *types.VirtualMachineImportSpec) *nfc.Lease {
 	c.t.Helper()
-	pool, err := c.s.pool(c.s.context(), "")
+	pool, err := c.s.pool(c.s.context(), "", *c.s.host(""))
 	if err != nil {
 		c.t.Fatal(err)
 	}

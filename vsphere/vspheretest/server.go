@@ -27,6 +27,8 @@ import (
 // Options say what kind of server it is.
 type Options struct {
 	ESX          bool          // a host of its own, not a vCenter
+	Datacenters  int           // of a vCenter; 0 for 1: DC0, DC1… The datastores of others than the first have its name at their ends: LocalDS_0_DC1
+	Clusters     int           // of a datacenter, each of two hosts; 0 for 1: DC0_C0, DC0_C1…
 	AreasPerPage int           // of QueryChangedDiskAreas; 0 for 4
 	LeaseTimeout time.Duration // of a lease without progress; 0 for 5 minutes, as vCenter has it
 	DeltaFormat  string        // of the deltas of snapshots: "seSparse" (the default, as on VMFS 6) or "vmfsSparse"
@@ -92,7 +94,7 @@ func New(t testing.TB, o Options) *Server {
 	}
 	s := &Server{
 		User: "backup@vsphere.local", Password: "secret-" + newUUID(),
-		t: t, opt: o, model: newModel(o.ESX), scratch: t.TempDir(), done: make(chan struct{}),
+		t: t, opt: o, model: newModel(o), scratch: t.TempDir(), done: make(chan struct{}),
 		counts:  newCounters(),
 		vms:     map[types.ManagedObjectReference]*VM{},
 		planted: map[types.ManagedObjectReference][]*simulator.Registry{},
@@ -105,17 +107,18 @@ func New(t testing.TB, o Options) *Server {
 		t.Fatalf("vspheretest: %v", err)
 	}
 	s.service = s.model.Service
+	s.nameDatastores()
 	s.serve()
 	t.Cleanup(s.close)
 	return s
 }
 
-func newModel(esx bool) *simulator.Model {
+func newModel(o Options) *simulator.Model {
 	m := simulator.VPX()
-	if esx {
+	if o.ESX {
 		m = simulator.ESX()
 	} else {
-		m.Host, m.Cluster, m.ClusterHost, m.Pool, m.Portgroup = 0, 1, 2, 1, 1
+		m.Datacenter, m.Host, m.Cluster, m.ClusterHost, m.Pool, m.Portgroup = max(o.Datacenters, 1), 0, max(o.Clusters, 1), 2, 1, 1
 	}
 	m.Machine, m.Datastore, m.Autostart = 0, 2, false
 	return m

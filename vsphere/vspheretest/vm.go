@@ -143,6 +143,23 @@ func (vm *VM) Datastore() string {
 	return vm.dir.datastore
 }
 
+// Host is the name of the one that the VM is on.
+func (vm *VM) Host() (name string) {
+	sim := vm.sim()
+	var ref types.ManagedObjectReference
+	vm.s.context().WithLock(sim, func() { ref = *sim.Runtime.Host })
+	return vm.s.model.Map().Get(ref).(*simulator.HostSystem).Name
+}
+
+// Pool is the name of the resource pool, and of the cluster or host that it is of.
+func (vm *VM) Pool() (name, owner string) {
+	sim := vm.sim()
+	var ref types.ManagedObjectReference
+	vm.s.context().WithLock(sim, func() { ref = *sim.ResourcePool })
+	pool := vm.s.model.Map().Get(ref).(*simulator.ResourcePool)
+	return pool.Name, vm.s.model.Map().Get(pool.Owner).(mo.Entity).Entity().Name
+}
+
 // File is where a file of the VM is on this machine. The test may read it, or break it.
 func (vm *VM) File(name string) string {
 	vm.mu.Lock()
