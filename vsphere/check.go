@@ -321,7 +321,7 @@ func (c *checker) files(ctx context.Context) error {
 func (c *checker) leftovers(ctx context.Context) error {
 	var ours []backup.Leftover
 	if c.src.cfg.Journal != nil {
-		left, err := c.src.cfg.Journal.Left(ctx, func(backup.Leftover) bool { return true })
+		left, err := c.src.cfg.Journal.Left(ctx, func(l backup.Leftover) bool { return l.Host == c.src.c.URL().Host })
 		if err != nil {
 			return err
 		}

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/url"
 	"slices"
 
+	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/vsphere"
 )
 
@@ -38,9 +40,41 @@ func runDoctor(ctx context.Context, c *call) error {
 			return err
 		}
 	}
+	if err := d.strays(ctx); err != nil {
+		return err
+	}
 	c.out.table(d.table)
 	if d.failed > 0 {
 		return fmt.Errorf("%d checks failed", d.failed)
+	}
+	return nil
+}
+
+// strays says which snapshots were left on servers that no source has, by the address that it had then: no run looks for them.
+func (d *doctor) strays(ctx context.Context) error {
+	hosts := map[string]bool{}
+	for _, s := range d.call.cfg.sources {
+		if u, err := url.Parse(s.vsphere); err == nil {
+			hosts[u.Host] = true
+		}
+	}
+	journal, err := openJournal()
+	if err != nil {
+		return err
+	}
+	only := d.call.String("source")
+	left, err := journal.Left(ctx, func(l backup.Leftover) bool { return !hosts[l.Host] && (only == "" || l.Source == only) })
+	if err != nil {
+		return err
+	}
+	for _, e := range left {
+		l := e.Leftover
+		e.Leave()
+		err := d.add(l.Source, vsphere.Finding{Level: vsphere.Warning, About: l.VM, Text: fmt.Sprintf(
+			"an earlier run left snapshot %s on %s, which no source in the config names: a source with that address removes it", l.Name, l.Host)})
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -114,11 +114,7 @@ func (c *call) platformNamed(ctx context.Context, name string) (*vsphere.Source,
 	if err != nil {
 		return nil, s, err
 	}
-	dir, err := stateDir()
-	if err != nil {
-		return nil, s, err
-	}
-	journal, err := backup.OpenJournal(filepath.Join(dir, "journal"))
+	journal, err := openJournal()
 	if err != nil {
 		return nil, s, err
 	}
@@ -197,6 +193,15 @@ func runVMs(ctx context.Context, c *call) error {
 		}
 	}
 	return nil
+}
+
+// openJournal opens the journal of what runs leave on hosts.
+func openJournal() (*backup.Journal, error) {
+	dir, err := stateDir()
+	if err != nil {
+		return nil, err
+	}
+	return backup.OpenJournal(filepath.Join(dir, "journal"))
 }
 
 // stateDir is where holdfast keeps what belongs to no repository.

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/holdfast-backup/holdfast/backup"
 	"github.com/holdfast-backup/holdfast/vsphere/vspheretest"
 )
 
@@ -148,6 +149,47 @@ func TestLiar(t *testing.T) {
 		}
 		if n := p.server.Counts().Calls["QueryChangedDiskAreas"] - asked; len(c.args) > 0 && n > 0 {
 			t.Errorf("%s: the host was asked %d times what it tracks", c.what, n)
+		}
+	}
+}
+
+// TestStrays: what was left on a server that has another address now is said once, by its own name, and neither removed nor taken for what was left on
+// this one.
+func TestStrays(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short")
+	}
+	p := newPlatformTest(t, "", 1<<20)
+	config := p.common[1]
+	text, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := strings.TrimPrefix(string(text), "sources:\n")
+	if err := os.WriteFile(config, []byte(string(text)+strings.Replace(other, "lab:", "also:", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	journal, err := openJournal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for host, name := range map[string]string{"old.example": "holdfast-0000000000000001", p.server.Host(): "holdfast-0000000000000002"} {
+		e, err := journal.Begin(backup.Leftover{Source: "lab", Host: host, VM: p.vm.Ref().Value, Name: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.Leave()
+	}
+	const stray = "an earlier run left snapshot holdfast-0000000000000001 on old.example, which no source in the config names"
+	for _, c := range []struct {
+		args         []string
+		strays, here int
+	}{
+		{nil, 1, 2}, {[]string{"--source", "lab"}, 1, 1}, {[]string{"--source", "also"}, 0, 1}, {[]string{"--clean"}, 1, 0}, {nil, 1, 0},
+	} {
+		out, _ := p.run(t, append([]string{"doctor"}, c.args...)...)
+		if n, here := strings.Count(out, stray), strings.Count(out, "an earlier run left snapshot holdfast-0000000000000002: "); n != c.strays || here != c.here || strings.Count(out, "0000000000000001") != c.strays {
+			t.Errorf("%q says it %d times, and of its own server %d times:\n%s", c.args, n, here, out)
 		}
 	}
 }

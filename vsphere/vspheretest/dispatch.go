@@ -74,8 +74,30 @@ func (s *Server) dispatch(ctx *simulator.Context, m *simulator.Method) (mo.Refer
 			onCall(m.Name, vm)
 		}
 	}
+	if ref := s.hidden(m); ref != nil {
+		return nil, &types.NoPermission{Object: ref, PrivilegeId: "System.Read"}
+	}
 	s.plant(ctx.Session.Registry, m.This)
 	return nil, nil
+}
+
+// hidden finds an object that a call asks for by itself, and that is hidden.
+func (s *Server) hidden(m *simulator.Method) *types.ManagedObjectReference {
+	var specs []types.PropertyFilterSpec
+	switch req := m.Body.(type) {
+	case *types.RetrieveProperties:
+		specs = req.SpecSet
+	case *types.RetrievePropertiesEx:
+		specs = req.SpecSet
+	}
+	for _, spec := range specs {
+		for _, o := range spec.ObjectSet {
+			if s.lies(func(f *Faults) bool { return f.Hidden[o.Obj.Value] }) {
+				return &o.Obj
+			}
+		}
+	}
+	return nil
 }
 
 // plant puts a wrapper where the session looks first.

@@ -24,6 +24,9 @@ type Faults struct {
 	ConsolidationFails int
 	MethodDelay        map[string]time.Duration // method => before each call of it
 
+	// Hidden has the ids of objects whose properties the user may not read.
+	Hidden map[string]bool
+
 	// What the next VMs that are switched on by a task ask, all of them.
 	Questions []Question
 

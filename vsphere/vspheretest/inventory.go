@@ -184,6 +184,16 @@ func (s *Server) setAttribute(ctx *simulator.Context, vm *simulator.VirtualMachi
 	return err
 }
 
+// IDs are those of all objects of a type.
+func (s *Server) IDs(kind string) []string {
+	var all []string
+	for _, e := range s.model.Map().All(kind) {
+		all = append(all, e.Reference().Value)
+	}
+	slices.Sort(all)
+	return all
+}
+
 // NameOf is the name of a host or resource pool, by its id.
 func (s *Server) NameOf(id string) string {
 	for _, kind := range []string{"HostSystem", "ResourcePool"} {
