@@ -326,7 +326,7 @@
 // is the length of the name of the thing, u16, that name, and the rest as its kind has it.
 //
 // A note of the kind "pin", by which its point is not to be forgotten, is JSON: "id" (its name), "point", "since", "what" and "host" say
-// who needs the point, "home" and "place" where whoever it is can be looked for. It is written under forget.lock, where the medium has locks, so
+// who needs the point, "machine", "home" and "place" where whoever it is can be looked for. It is written under forget.lock, where the medium has locks, so
 // that it never comes between a decision to forget and its end.
 //
 // # Index

@@ -45,8 +45,8 @@ func (r *Repo) Forget(ctx context.Context, ids []PointID, now time.Time) (done [
 	return r.forget(ctx, ids, now, false)
 }
 
-// ForgetDamaged is Forget, but removes points whose manifest is damaged, too. Of
-// such a point only the index may still know a lock, and that one counts.
+// ForgetDamaged is Forget, but removes points whose manifest is damaged, too, and pinned ones. Of
+// a damaged point only the index may still know a lock, and that one counts.
 func (r *Repo) ForgetDamaged(ctx context.Context, ids []PointID, now time.Time) (done []PointID, err error) {
 	return r.forget(ctx, ids, now, true)
 }
@@ -68,8 +68,10 @@ func (r *Repo) forget(ctx context.Context, ids []PointID, now time.Time, damaged
 			listed[list[i].ID] = &list[i]
 		}
 	}
-	if err := r.nonePinned(ctx, ids); err != nil {
-		return nil, err
+	if !damaged {
+		if err := r.nonePinned(ctx, ids); err != nil {
+			return nil, err
+		}
 	}
 	for _, id := range ids {
 		if err := r.mayForget(ctx, id, listed[id], now, damaged); err != nil {

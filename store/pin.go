@@ -22,10 +22,11 @@ type Pin struct {
 	Point PointID   `json:"point"`
 	Since time.Time `json:"since"`
 	// Of whom, for people; Home and Place for whoever is to find out whether that is still there.
-	What  string `json:"what"` // such as a boot's name
-	Host  string `json:"host"` // name of the computer
-	Home  string `json:"home"`
-	Place string `json:"place"`
+	What    string `json:"what"` // such as a boot's name
+	Host    string `json:"host"` // name of the computer
+	Machine string `json:"machine,omitempty"`
+	Home    string `json:"home"`
+	Place   string `json:"place"`
 }
 
 // Pin keeps a point from being forgotten until Unpin. A pin of the same ID is replaced. ErrNotExist when the point is gone.
@@ -40,6 +41,9 @@ func (r *Repo) Pin(ctx context.Context, p Pin) error {
 		return err
 	}
 	defer unlock()
+	if err := r.makeRoom(ctx); err != nil {
+		return err
+	}
 	if _, err := r.readManifest(ctx, p.Point); err != nil {
 		return err
 	}

@@ -36,13 +36,8 @@ func TestPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := open() // of another process
-	for _, forget := range []func() ([]PointID, error){
-		func() ([]PointID, error) { return other.Forget(ctx, []PointID{p2, p1}, time.Now()) },
-		func() ([]PointID, error) { return other.ForgetDamaged(ctx, []PointID{p2, p1}, time.Now()) },
-	} {
-		if done, err := forget(); !errors.Is(err, ErrPinned) || len(done) != 0 {
-			t.Fatalf("forgot %v, %v", done, err)
-		}
+	if done, err := other.Forget(ctx, []PointID{p2, p1}, time.Now()); !errors.Is(err, ErrPinned) || len(done) != 0 {
+		t.Fatalf("forgot %v, %v", done, err)
 	}
 	for _, id := range []string{"two", "two", "never"} {
 		if err := r.Unpin(ctx, id); err != nil {
@@ -73,6 +68,9 @@ func TestPins(t *testing.T) {
 	}
 	if _, err := other.Forget(ctx, []PointID{p1}, time.Now()); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a pin that cannot be read: %v", err)
+	}
+	if done, err := other.ForgetDamaged(ctx, []PointID{p1}, time.Now()); err != nil || len(done) != 1 {
+		t.Errorf("by force: %v, %v", done, err)
 	}
 }
 

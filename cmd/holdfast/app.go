@@ -8,6 +8,8 @@ import (
 	"os"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/holdfast-backup/holdfast/fs/boot"
 )
 
 // env is everything from outside that a run touches, besides the environment
@@ -55,7 +57,8 @@ type call struct {
 	cfg      config // set when the command needs it
 	repo     string // path of the repository, likewise
 	out      *results
-	progress *progress // closed, and so flushed, when the command returns
+	progress *progress                    // closed, and so flushed, when the command returns
+	seen     map[string]*boot.RemoteState // of boots on platforms, by their ids
 }
 
 // run runs one command line, without the name of the program, and returns the

@@ -340,7 +340,7 @@ type bootInfo struct {
 	Point   store.PointID `json:"point"`
 	Path    string        `json:"path"`
 	Host    string        `json:"host"`
-	State   string        `json:"state"` // "running", "waiting" for its disks, "stopped"
+	State   string        `json:"state"` // "running", "waiting" for its disks, "stopped"; on a platform also "off", "gone", "unknown", and the steps in between
 	Created time.Time     `json:"created"`
 	Dir     string        `json:"dir"`
 	PID     int           `json:"pid,omitempty"`
@@ -397,6 +397,9 @@ func (c *call) listBoots(ctx context.Context) error {
 		if i.Clients = clients[i.ID]; i.State == "" {
 			i.State = string(s.Step)
 		}
+		if s.Export != nil && s.Step == boot.StepRunning {
+			i.State = seenState(c.seen[s.ID])
+		}
 		t.row(i.Name, i.Path, i.Host, i.State, i.Created.Format("2006-01-02 15:04:05Z"), sizeText(i.Stored), strings.Join(i.Clients, " "))
 		if err := c.out.object(i); err != nil {
 			return err
@@ -408,6 +411,19 @@ func (c *call) listBoots(ctx context.Context) error {
 	return err
 }
 
+// seenState says how a VM is that was started on a platform.
+func seenState(seen *boot.RemoteState) string {
+	switch {
+	case seen == nil:
+		return "unknown" // why was said
+	case !seen.Registered:
+		return "gone"
+	case !seen.On:
+		return "off"
+	}
+	return "running"
+}
+
 func (c *call) stopBoot(ctx context.Context, name string) error {
 	s, err := c.findBoot(name)
 	if err != nil {
@@ -416,6 +432,7 @@ func (c *call) stopBoot(ctx context.Context, name string) error {
 	how := boot.StopRequest{Patience: c.Duration("patience"), Keep: c.Bool("keep")}
 	if s.Export != nil {
 		err = c.stopOnPlatform(ctx, s, how)
+		how.Keep = !s.Ended()
 	} else if s.Served() {
 		if err = s.AskStop(ctx, how); err == nil {
 			c.progress.detail("%s shuts down", s.Name)
@@ -427,16 +444,20 @@ func (c *call) stopBoot(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	what := "dropped"
-	if how.Keep {
-		what = "kept"
+	switch {
+	case s.Away:
+		c.out.line("%s had been moved away: it is the platform's alone, with what it wrote", s.Name)
+	case how.Keep:
+		c.out.line("%s has ended; what it wrote is kept", s.Name)
+	default:
+		c.out.line("%s has ended; what it wrote is dropped", s.Name)
 	}
-	c.out.line("%s has ended; what it wrote is %s", s.Name, what)
 	return c.out.object(struct {
-		Type string `json:"type"`
-		Name string `json:"name"`
-		Kept bool   `json:"kept"`
-	}{"boot stop", s.Name, how.Keep})
+		Type  string `json:"type"`
+		Name  string `json:"name"`
+		Kept  bool   `json:"kept"`
+		Moved bool   `json:"moved,omitempty"` // it was moved away before
+	}{"boot stop", s.Name, how.Keep, s.Away})
 }
 
 // stopUnserved ends a VM whose disks nobody serves: it cannot shut down, only be switched off.
@@ -470,7 +491,7 @@ func (c *call) unpin(ctx context.Context, s *boot.State) {
 // withRepositoryOf opens the repository of a boot, whichever the command's own is.
 func (c *call) withRepositoryOf(ctx context.Context, s *boot.State, fn func(*store.Repo) error) error {
 	defer func(flag, repo string) { c.repoFlag, c.repo = flag, repo }(c.repoFlag, c.repo)
-	c.repoFlag = s.Repository
+	c.repoFlag = c.repositoryOf(s)
 	if err := c.resolve(needRepository); err != nil {
 		return err
 	}
@@ -615,6 +636,9 @@ func (c *call) commitBoot(ctx context.Context, name string) error {
 	if s.Export != nil && s.Step != boot.StepKept {
 		return withHint(fmt.Errorf("%s runs on %s: a point of it is made when it has ended", s.Name, s.Host),
 			"'holdfast boot stop %s --keep' ends it; 'boot migrate' keeps it running, and it is backed up as any other VM", s.Name)
+	}
+	if why := s.Elsewhere(); s.Export != nil && why != nil {
+		return withHint(fmt.Errorf("%s: its disks here are not all that it wrote: %w", s.Name, why), "'holdfast boot resume %s' runs it again: delete its snapshots there, or 'boot migrate' it", s.Name)
 	}
 	var p committed
 	if s.Served() {

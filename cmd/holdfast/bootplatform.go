@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -111,20 +113,38 @@ func (c *call) exporter(root string) *nfsd.Client {
 		if err := c.resolve(needRepository); err != nil {
 			return err
 		}
-		at := nfsd.Addresses{Listen: c.String("nfs"), Portmap: c.String("portmap")}
-		if last, ok := nfsd.LastAddresses(root); ok && !c.IsSet("nfs") && !c.IsSet("portmap") {
-			at = last
-		}
-		if at.Portmap == "" {
-			at.Portmap = "off"
-		}
+		at := c.serviceAddresses(root)
 		words := []string{"boot", "serve", "--boots=" + root, "--nfs=" + at.Listen, "--portmap=" + at.Portmap, "--idle=" + serviceIdle.String()}
 		word, _, err := c.goBackground(ctx, words)
 		if err == nil && word == "" {
 			err = errors.New("the NFS service ended before it was ready")
 		}
+		if err != nil && strings.Contains(err.Error(), nfsd.ErrRuns.Error()) { // by another process it is text only
+			err = nfsd.ErrRuns
+		}
 		return err
 	}}
+}
+
+// serviceAddresses is where NFS is served: while hosts may have something mounted, where they look for it, whatever else is asked for.
+func (c *call) serviceAddresses(root string) nfsd.Addresses {
+	at := nfsd.Addresses{Listen: c.String("nfs"), Portmap: c.String("portmap")}
+	last, ok := nfsd.LastAddresses(root)
+	if last.Portmap == "" {
+		last.Portmap = "off"
+	}
+	list, _ := boot.List(root)
+	mounted := slices.ContainsFunc(list, func(st *boot.State) bool {
+		return st.Export != nil && !slices.Contains([]boot.Step{boot.StepMade, boot.StepExporting, boot.StepKept}, st.Step)
+	})
+	asked := c.IsSet("nfs") || c.IsSet("portmap")
+	if !ok || asked && !mounted || !asked && !mounted && c.args[0] == "serve" {
+		return at
+	}
+	if asked && at != last {
+		c.progress.warn("NFS stays at %s (portmapper: %s), where hosts have boots mounted", last.Listen, last.Portmap)
+	}
+	return last
 }
 
 // serviceIdle is how long the NFS service stays without a boot.
@@ -145,7 +165,8 @@ func (c *call) serveNFS(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		s := nfsd.Service{Root: root, Repo: r, Repository: repo, Listen: c.String("nfs"), Portmap: c.String("portmap"), Idle: c.Duration("idle"),
+		at := c.serviceAddresses(root)
+		s := nfsd.Service{Root: root, Repo: r, Repository: repo, Listen: at.Listen, Portmap: at.Portmap, Idle: c.Duration("idle"),
 			Log: func(err error) { c.progress.warn("%v", err) }}
 		if s.Portmap == "off" {
 			s.Portmap = ""
@@ -174,7 +195,17 @@ func (c *call) settleBoots(ctx context.Context, look bool) error {
 			c.progress.warn("%s: %v", st.Name, err)
 		}
 	}
+	c.seen = seenIn(list)
 	return ctx.Err()
+}
+
+// seenIn gives what was seen of sessions, by their ids.
+func seenIn(list []*boot.State) map[string]*boot.RemoteState {
+	out := map[string]*boot.RemoteState{}
+	for _, st := range list {
+		out[st.ID] = st.Seen
+	}
+	return out
 }
 
 func (c *call) settleBoot(ctx context.Context, st *boot.State, exporter *nfsd.Client, on *remotes, look bool) error {
@@ -200,8 +231,16 @@ func (c *call) settleBoot(ctx context.Context, st *boot.State, exporter *nfsd.Cl
 // servedAgain has the folder of a session served, by a service of the session's repository. The command's own stays what it is.
 func (c *call) servedAgain(ctx context.Context, st *boot.State, export func(ctx context.Context, id string) error) error {
 	defer func(flag, repo string) { c.repoFlag, c.repo = flag, repo }(c.repoFlag, c.repo)
-	c.repoFlag = st.Repository
+	c.repoFlag = c.repositoryOf(st)
 	return export(ctx, st.ID)
+}
+
+// repositoryOf is where the repository of a boot is: where it was, unless it is there no more and the user names one.
+func (c *call) repositoryOf(st *boot.State) string {
+	if _, err := os.Stat(st.Repository); errors.Is(err, os.ErrNotExist) && c.repoFlag != "" {
+		return c.repoFlag
+	}
+	return st.Repository
 }
 
 // unpinEnded lets the point be forgotten when the session has ended.
@@ -283,6 +322,9 @@ func (c *call) bootOnPlatform(ctx context.Context) error {
 		s, err := boot.Create(ctx, root, r, sum.ID, opt)
 		if err != nil {
 			return err
+		}
+		if s.Unpinned != nil {
+			c.progress.warn("%s: nothing keeps its point from being forgotten: %v", s.Name, s.Unpinned)
 		}
 		st, release, err := s.Launching()
 		if err != nil {
@@ -419,6 +461,7 @@ func (c *call) onPlatform(ctx context.Context, st *boot.State, do func(v *instan
 	return do(v, c.exporter(root))
 }
 
+// stopOnPlatform ends a session, unless that was done already: how it ended is in its state.
 func (c *call) stopOnPlatform(ctx context.Context, st *boot.State, how boot.StopRequest) error {
 	if st.Step == boot.StepKept {
 		if how.Keep {
@@ -437,11 +480,20 @@ func (c *call) stopOnPlatform(ctx context.Context, st *boot.State, how boot.Stop
 	}
 	return c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error {
 		what, err := st.Settle(ctx, v, x)
-		if err != nil || st.Ended() || what != "" && st.Step != boot.StepRunning {
-			if what != "" {
-				c.progress.note("%s: %s", st.Name, what)
-			}
+		if what != "" {
+			c.progress.note("%s: %s", st.Name, what)
+		}
+		if err != nil || st.Ended() {
 			return err
+		}
+		if st.Step == boot.StepKept { // by an earlier command, which did not come to its end
+			if how.Keep {
+				return nil
+			}
+			return st.Remove()
+		}
+		if why := st.Elsewhere(); how.Keep && why != nil {
+			c.progress.warn("%s: what is kept is not all that it wrote: %v", st.Name, why)
 		}
 		return st.End(ctx, v, x, how)
 	})
@@ -449,13 +501,9 @@ func (c *call) stopOnPlatform(ctx context.Context, st *boot.State, how boot.Stop
 
 // resumeOnPlatform runs a VM again that was kept. The service of one that runs was seen to already.
 func (c *call) resumeOnPlatform(ctx context.Context, st *boot.State) error {
-	if st.Step != boot.StepKept {
-		c.out.line("%s runs on %s", st.Name, st.Host)
-		return c.out.object(infoOf(st))
-	}
 	err := c.onPlatform(ctx, st, func(v *instantVM, x boot.Exporter) error {
 		if st.Step != boot.StepKept {
-			return fmt.Errorf("%s is %s already", st.Name, st.Step)
+			return c.powerOnAgain(ctx, st, v, x)
 		}
 		v.rec.VM = ""
 		st.Keep = true // what it wrote is not dropped when it cannot be started
@@ -466,6 +514,29 @@ func (c *call) resumeOnPlatform(ctx context.Context, st *boot.State) error {
 	}
 	c.out.line("%s runs on %s", st.Name, st.Host)
 	return c.out.object(infoOf(st))
+}
+
+// powerOnAgain starts a VM that is on its platform, and off.
+func (c *call) powerOnAgain(ctx context.Context, st *boot.State, v *instantVM, x boot.Exporter) error {
+	what, err := st.Settle(ctx, v, x)
+	if err != nil {
+		return err
+	}
+	if st.Ended() {
+		return fmt.Errorf("%s: %s", st.Name, what)
+	}
+	now, err := v.Look(ctx)
+	switch {
+	case err != nil:
+		return err
+	case st.Step != boot.StepRunning:
+		return fmt.Errorf("%s is %s", st.Name, st.Step)
+	case !now.Registered:
+		return withHint(fmt.Errorf("%s is not on %s any more", st.Name, st.Host), "'holdfast boot stop %s --keep' and then 'boot resume' make it a VM again", st.Name)
+	case now.On:
+		return nil
+	}
+	return v.PowerOn(ctx)
 }
 
 func (c *call) migrateOnPlatform(ctx context.Context, st *boot.State) error {

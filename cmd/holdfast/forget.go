@@ -151,7 +151,8 @@ func runForget(ctx context.Context, c *call) error {
 		if err != nil {
 			return err
 		}
-		if list, err = c.keepPinned(ctx, r, list, p.Empty()); err != nil {
+		list, drop, err := c.keepPinned(ctx, r, list, p.Empty())
+		if err != nil {
 			return err
 		}
 		var ids []store.PointID
@@ -166,6 +167,11 @@ func runForget(ctx context.Context, c *call) error {
 		sum := forgetSummary{Type: "summary", DryRun: c.Bool("dry-run"), Keep: len(list) - len(ids), Forget: len(ids)}
 		if !sum.DryRun {
 			sum.Forgotten, err = c.forget(ctx, r, ids, !p.Empty(), now)
+			for _, p := range drop {
+				if err == nil {
+					err = r.Unpin(ctx, p.ID)
+				}
+			}
 		}
 		switch {
 		case sum.DryRun:
@@ -293,14 +299,14 @@ func (c *call) forgetNamed(ctx context.Context, r *store.Repo, _ backup.Policy, 
 	return list, nil
 }
 
-// keepPinned keeps the points that boots need. A point that is named is an error instead, or, with --force, is not pinned any more.
-func (c *call) keepPinned(ctx context.Context, r *store.Repo, list []backup.Decision, named bool) ([]backup.Decision, error) {
+// keepPinned keeps the points that boots need. A point that is named is an error instead, or, with --force, is forgotten all the same: its pins are in drop.
+func (c *call) keepPinned(ctx context.Context, r *store.Repo, list []backup.Decision, named bool) (_ []backup.Decision, drop []store.Pin, err error) {
 	pins, err := r.Pins(ctx)
 	if err != nil && !(errors.Is(err, store.ErrDamaged) && c.Bool("force")) {
-		return nil, withHint(fmt.Errorf("which points are in use is not known: %w", err), "remove that object from the repository once no boot needs an old point")
+		return nil, nil, withHint(fmt.Errorf("which points are in use is not known: %w", err), "remove that object from the repository once no boot needs an old point")
 	}
 	if pins, err = c.unpinLost(ctx, r, pins); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for i := range list {
 		d := &list[i]
@@ -310,15 +316,13 @@ func (c *call) keepPinned(ctx context.Context, r *store.Repo, list []backup.Deci
 			case !named:
 				d.Keep, d.Reasons = true, append(d.Reasons, pinText(p))
 			case !c.Bool("force"):
-				return nil, withHint(fmt.Errorf("%s: %w: %s", d.Point.Path(), store.ErrPinned, pinText(p)), "'holdfast boot stop' ends it; "+forceHint)
-			case !c.Bool("dry-run"):
-				if err := r.Unpin(ctx, p.ID); err != nil {
-					return nil, err
-				}
+				return nil, nil, withHint(fmt.Errorf("%s: %w: %s", d.Point.Path(), store.ErrPinned, pinText(p)), "'holdfast boot stop' ends it; "+forceHint)
+			default:
+				drop = append(drop, p)
 			}
 		}
 	}
-	return list, nil
+	return list, drop, nil
 }
 
 func pinText(p store.Pin) string { return p.What + " on " + p.Host }

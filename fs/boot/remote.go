@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -117,10 +118,68 @@ func (s *Session) makeFolder(opt Options) error {
 			return err
 		}
 	}
-	return syncDir(dir)
+	for ; dir != s.dir; dir = filepath.Dir(dir) {
+		if err := syncDir(dir); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 const sector = 512 // bytes
+
+// Elsewhere says why the session's disks are not all that its VM wrote: it has snapshots, or disks in other places. It is nil for a VM on this computer.
+func (s *State) Elsewhere() error {
+	if s.Export == nil {
+		return nil
+	}
+	dir := filepath.Join(s.File(FolderDir), "data", s.Export.Folder)
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	ours := map[string]bool{} // descriptors of disks that the .vmx names
+	for _, d := range s.Machine.Disks {
+		ours[d.Name+".vmdk"] = false
+	}
+	for _, e := range list {
+		name := strings.ToLower(e.Name())
+		if _, ok := ours[e.Name()]; !ok && strings.HasSuffix(name, ".vmdk") {
+			return fmt.Errorf("it has a file %s, as of a snapshot", e.Name())
+		}
+		if !strings.HasSuffix(name, ".vmx") {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return err
+		}
+		for _, file := range vmxFiles(text) {
+			if _, ok := ours[file]; !ok {
+				return fmt.Errorf("its disk is %s", file)
+			}
+			ours[file] = true
+		}
+	}
+	for name, named := range ours {
+		if !named {
+			return fmt.Errorf("it has no disk %s any more", name)
+		}
+	}
+	return nil
+}
+
+// vmxFiles are the files of disks that a .vmx names.
+func vmxFiles(text []byte) (files []string) {
+	for line := range strings.Lines(string(text)) {
+		key, value, ok := strings.Cut(line, "=")
+		value = strings.Trim(strings.TrimSpace(value), `"`)
+		if ok && strings.HasSuffix(strings.ToLower(strings.TrimSpace(key)), ".filename") && strings.HasSuffix(strings.ToLower(value), ".vmdk") {
+			files = append(files, value)
+		}
+	}
+	return files
+}
 
 // plainName is what a folder may be called on every platform.
 func plainName(name string) string {
@@ -247,15 +306,25 @@ func (s *State) End(ctx context.Context, r Remote, x Exporter, how StopRequest) 
 		err = nil // what is to be dropped is what takes up the room
 	}
 	if err == nil {
-		err = s.awaitIdle(ctx, r)
+		_, err = s.awaitIdle(ctx, r)
+	}
+	if err == nil {
+		err = r.PowerOff(ctx, how.Patience)
+	}
+	if errors.Is(err, ErrPlatformBusy) || err != nil && ctx.Err() != nil {
+		return errors.Join(err, s.giveUp(context.WithoutCancel(ctx), r))
 	}
 	if err != nil {
 		return err
 	}
-	if err := r.PowerOff(ctx, how.Patience); err != nil {
-		return err
-	}
 	return s.leave(ctx, r, x)
+}
+
+// giveUp is for an end that was given up before the VM was off: it is as if nobody had asked for it. What it wrote stays, also when the guest shuts
+// down all the same.
+func (s *State) giveUp(ctx context.Context, r Remote) error {
+	s.Keep = false
+	return s.enter(StepRunning, r)
 }
 
 // ErrPlatformBusy: the platform is at work on the VM, such as moving it.
@@ -268,17 +337,17 @@ var (
 )
 
 // awaitIdle waits for the platform to end what it does with the VM.
-func (s *State) awaitIdle(ctx context.Context, r Remote) error {
+func (s *State) awaitIdle(ctx context.Context, r Remote) (RemoteState, error) {
 	for end := time.Now().Add(busyTime); ; {
 		st, err := r.Look(ctx)
 		if err != nil || !st.Busy {
-			return err
+			return st, err
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("boot: %s: %w", s.Name, ErrPlatformBusy)
+			return st, fmt.Errorf("boot: %s: %w", s.Name, ErrPlatformBusy)
 		}
 		if err := pause(ctx, busyTime/60); err != nil {
-			return err
+			return st, err
 		}
 	}
 }
@@ -366,8 +435,10 @@ func (s *State) Settle(ctx context.Context, r Remote, x Exporter) (what string, 
 		if err != nil {
 			return "", err
 		}
+		s.Seen = &st
 		if st.Registered && !st.Ours {
 			s.Keep = false
+			s.Away = true
 			return movedAway, s.leave(ctx, r, x)
 		}
 		if st.Busy {
@@ -377,6 +448,16 @@ func (s *State) Settle(ctx context.Context, r Remote, x Exporter) (what string, 
 			return "it was not moved", s.enter(StepRunning, r)
 		}
 		return "", nil
+	}
+	if s.Step == StepStarting {
+		st, err := s.awaitIdle(ctx, r)
+		if err != nil {
+			return "", err
+		}
+		if st.On && st.Ours { // since when nobody knows: somebody may work in it
+			s.Keep = false
+			return "it was started", s.enter(StepRunning, r)
+		}
 	}
 	return "its start was undone", s.End(ctx, r, x, StopRequest{Keep: s.Keep})
 }

@@ -124,9 +124,38 @@ func TestBusy(t *testing.T) {
 	w = &world{exported: true, mounted: true, registered: true, on: true, busy: 1e9}
 	s = sessionIn(t, t.TempDir())
 	s.Step = StepRunning
-	if err := s.End(t.Context(), w, w, StopRequest{}); !errors.Is(err, ErrPlatformBusy) || !w.on || !w.exported {
-		t.Errorf("%+v, %v", w, err)
+	if err := s.End(t.Context(), w, w, StopRequest{}); !errors.Is(err, ErrPlatformBusy) || !w.on || !w.exported || s.Step != StepRunning {
+		t.Errorf("%+v, %v, %s", w, err, s.Step)
 	}
+}
+
+// TestInterrupted: an end that was given up, while the guest shuts down, drops nothing later.
+func TestInterrupted(t *testing.T) {
+	w := &world{exported: true, mounted: true, registered: true, on: true}
+	s := sessionIn(t, t.TempDir())
+	s.Step = StepRunning
+	ctx, cancel := context.WithCancel(t.Context())
+	if err := s.End(ctx, &shuttingDown{w, cancel}, w, StopRequest{}); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	w.on = false // it did
+	now, err := load(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if what, err := now.Settle(t.Context(), w, w); err != nil || what != "" || now.Ended() || !w.exported || now.Seen == nil || now.Seen.On {
+		t.Errorf("%q, %v, %+v", what, err, now)
+	}
+}
+
+type shuttingDown struct {
+	*world
+	cancel func()
+}
+
+func (s *shuttingDown) PowerOff(ctx context.Context, _ time.Duration) error {
+	s.cancel()
+	return ctx.Err()
 }
 
 // TestRemoteDeath lets a command die at each of its steps, and the next one after it, too; the one after that leaves nothing half done.
@@ -183,6 +212,7 @@ func die(t *testing.T, name string, command func(*State, *world) error, at, agai
 		return false
 	}
 	died = run(at, func() error { return command(s, w) })
+	wasOn := w.on
 	for _, dies := range []int{again, 0} {
 		run(dies, func() error {
 			now, err := load(s.dir)
@@ -209,7 +239,7 @@ func die(t *testing.T, name string, command func(*State, *world) error, at, agai
 	ok := false
 	switch name {
 	case "launch":
-		ok = gone && nothing || !died && runs
+		ok = gone && nothing && !wasOn || runs
 	case "end":
 		ok = gone && nothing || died && runs
 	case "keep":

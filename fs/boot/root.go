@@ -123,22 +123,42 @@ func hasState(dir string) bool {
 // pinID is the name of the pin of a session on its point.
 func pinID(home, id string) string { return "boot-" + home + "-" + id }
 
-// pin keeps the session's point from being forgotten for as long as there is the session. Where the repository cannot be written it has none.
+// pin keeps the session's point from being forgotten for as long as there is the session. Where the repository cannot be written that is for another time.
 func (s *Session) pin(ctx context.Context) error {
+	err := s.Repin(ctx)
+	if errors.Is(err, bucket.ErrReadOnly) || errors.Is(err, bucket.ErrFull) {
+		return nil
+	}
+	return err
+}
+
+// Repin pins the point, unless it is pinned.
+func (s *Session) Repin(ctx context.Context) error {
+	s.Unpinned = s.repin(ctx)
+	return s.Unpinned
+}
+
+func (s *Session) repin(ctx context.Context) error {
 	home, err := homeID(filepath.Dir(s.dir))
-	if err != nil || home == "" {
+	if err != nil {
 		return err
+	}
+	if home == "" {
+		return errors.New("boot: the directory of boots has no id")
 	}
 	id := pinID(home, s.ID)
 	if there, err := s.repo.Pinned(ctx, id); err == nil && there {
 		return nil
 	}
-	host, _ := os.Hostname()
-	err = s.repo.Pin(ctx, store.Pin{ID: id, Point: s.Point, Since: s.Created, What: "boot " + s.Name, Host: host, Home: home, Place: s.dir})
-	if errors.Is(err, bucket.ErrReadOnly) || errors.Is(err, bucket.ErrFull) {
-		return nil
-	}
-	return err
+	host, machine := thisComputer()
+	return s.repo.Pin(ctx, store.Pin{ID: id, Point: s.Point, Since: s.Created, What: "boot " + s.Name, Host: host, Machine: machine, Home: home, Place: s.dir})
+}
+
+// thisComputer gives its name and, where there is one, its id, machine-id(5).
+func thisComputer() (host, machine string) {
+	host, _ = os.Hostname()
+	b, _ := os.ReadFile("/etc/machine-id")
+	return host, strings.TrimSpace(string(b))
 }
 
 // Unpin lets the point of a session that was removed be forgotten.
@@ -166,6 +186,9 @@ func (s *Session) Discard(ctx context.Context) error {
 func Lost(p store.Pin) bool {
 	if p.Home == "" || p.Place == "" {
 		return false
+	}
+	if host, machine := thisComputer(); p.Host != host || p.Machine != machine {
+		return false // which this directory may be a copy from
 	}
 	home, err := homeID(filepath.Dir(p.Place)) // a directory that is not mounted now is another one
 	return err == nil && home == p.Home && !hasState(p.Place)

@@ -66,6 +66,10 @@ func TestLost(t *testing.T) {
 		t.Fatal(home, err)
 	}
 	s := sessionIn(t, root)
+	host, machine := thisComputer()
+	if Lost(store.Pin{Host: host + "-2", Machine: machine, Home: home, Place: filepath.Join(root, "deadbeef")}) {
+		t.Error("of another computer")
+	}
 	for name, c := range map[string]struct {
 		home, place string
 		want        bool
@@ -78,7 +82,7 @@ func TestLost(t *testing.T) {
 		"that says half of it":  {home, "", false},
 		"a home without a name": {"", filepath.Join(root, "deadbeef"), false},
 	} {
-		if got := Lost(store.Pin{Home: c.home, Place: c.place}); got != c.want {
+		if got := Lost(store.Pin{Host: host, Machine: machine, Home: c.home, Place: c.place}); got != c.want {
 			t.Errorf("%s: %v", name, got)
 		}
 	}

@@ -47,6 +47,8 @@ type Session struct {
 	images  []*store.CachedImage // of the point
 	disks   []*overlay.Disk      // over them
 	rec     *recorder
+	// Unpinned is why nothing keeps the point from being forgotten; nil when something does. See Repin.
+	Unpinned error
 
 	mu sync.Mutex // guards following
 	// guest is nil before it runs.
@@ -65,7 +67,7 @@ func Create(ctx context.Context, root string, repo *store.Repo, id store.PointID
 		return nil, err
 	}
 	s := &Session{repo: repo, point: p, release: release, State: State{
-		Version: stateVersion, Point: p.ID, Path: p.Path(), Repository: opt.Repository, Created: opt.Now().UTC(), Host: opt.Host, Machine: opt.Machine,
+		Version: stateVersion, Point: p.ID, Path: p.Path(), Repository: opt.Repository, RepositoryID: repo.ID(), Created: opt.Now().UTC(), Host: opt.Host, Machine: opt.Machine,
 	}}
 	err = s.create(root, opt)
 	if err == nil && !opt.Temporary {
@@ -130,7 +132,10 @@ func (s *Session) create(root string, opt Options) (err error) {
 			return err
 		}
 	}
-	return s.save()
+	if err := s.save(); err != nil {
+		return err
+	}
+	return syncDir(root)
 }
 
 // freeName gives name, or, without one, one that begins with vm.

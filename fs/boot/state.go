@@ -38,8 +38,22 @@ type State struct {
 	Keep     bool            `json:"keep,omitempty"`     // with StepEnding: what it wrote
 	Export   *Export         `json:"export,omitempty"`   // nil for a VM on this computer
 	Platform json.RawMessage `json:"platform,omitempty"` // what the platform has of it, for its Remote
+	// RepositoryID tells the repository wherever it is; empty in sessions of older programs.
+	RepositoryID string `json:"repository_id,omitempty"`
+
+	// What Settle saw, which is not kept: how the VM is; that it is the platform's alone.
+	Seen *RemoteState `json:"-"`
+	Away bool         `json:"-"`
 
 	dir string
+}
+
+// Of reports whether the session is of a repository, by its id, or, of older programs, its path.
+func (s *State) Of(repo *store.Repo, path string) bool {
+	if s.RepositoryID != "" {
+		return s.RepositoryID == repo.ID()
+	}
+	return s.Repository == path
 }
 
 // Process names a process, whatever became of it.
@@ -142,6 +156,18 @@ func List(root string) (list []*State, err error) {
 	return list, errors.Join(bad...)
 }
 
+// Get gives a session by its id. ErrNoBoot only when there is none: one whose state cannot be read is another error.
+func Get(root, id string) (*State, error) {
+	if !isSessionID(id) {
+		return nil, fmt.Errorf("%w: %q", ErrNoBoot, id)
+	}
+	s, err := load(filepath.Join(root, id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %q", ErrNoBoot, id)
+	}
+	return s, err
+}
+
 // Find gives a session by its name, or by at least 4 digits that its id begins with.
 func Find(root, name string) (*State, error) {
 	list, err := List(root)
@@ -157,8 +183,11 @@ func Find(root, name string) (*State, error) {
 			found = s
 		}
 	}
+	if found == nil && err != nil {
+		return nil, fmt.Errorf("no boot that can be read is %q: %w", name, err)
+	}
 	if found == nil {
-		return nil, errors.Join(fmt.Errorf("%w: %q", ErrNoBoot, name), err)
+		return nil, fmt.Errorf("%w: %q", ErrNoBoot, name)
 	}
 	return found, nil
 }

@@ -42,7 +42,7 @@ var ErrRuns = errors.New("another process serves NFS for these boots")
 type Service struct {
 	Root       string // of the boots
 	Repo       *store.Repo
-	Repository string // where that is: boots of another one are not served
+	Repository string // where that is
 	Listen     string // HOST:PORT or :PORT
 	Portmap    string // the same, or empty for none
 	// Idle is for how long it stays when there is nothing to serve; 0: until it is told to end.
@@ -160,18 +160,25 @@ func (s *Service) serveAgain(ctx context.Context) {
 		s.log(err)
 	}
 	for _, st := range list {
-		if st.Export == nil || st.Step == boot.StepKept || st.Step == boot.StepMade || st.Repository != s.Repository {
+		if st.Export == nil || st.Step == boot.StepKept || st.Step == boot.StepMade {
 			continue
 		}
-		if err := s.export(ctx, st.ID); err != nil {
-			s.log(fmt.Errorf("nfsd: %s: %w", st.Name, err))
-			s.mu.Lock()
-			s.awaited[st.ID] = st.Export.ID
-			s.srv.Expect(st.Export.ID, st.Export.Clients)
-			s.mu.Unlock()
+		err := s.export(ctx, st.ID)
+		if err == nil {
+			continue
 		}
+		s.log(fmt.Errorf("nfsd: %s: %w", st.Name, err))
+		s.mu.Lock()
+		s.srv.Expect(st.Export.ID, st.Export.Clients)
+		if !errors.Is(err, errOther) {
+			s.awaited[st.ID] = st.Export.ID
+		}
+		s.mu.Unlock()
 	}
 }
+
+// errOther is for a boot of another repository, which this service will never serve.
+var errOther = errors.New("it is of another repository than the NFS service")
 
 // againTime is between two attempts to serve what could not be.
 const againTime = 5 * time.Second
@@ -189,8 +196,20 @@ func (s *Service) tryAgain(ctx context.Context) {
 				s.forget(id)
 			}
 		}
+		s.pinAgain(ctx)
 		return false
 	})
+}
+
+// pinAgain pins points that could not be, such as while the repository had no room.
+func (s *Service) pinAgain(ctx context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, x := range s.served {
+		if x.session.Unpinned != nil && x.session.Repin(ctx) == nil {
+			s.log(fmt.Errorf("nfsd: %s: its point is kept from being forgotten now", x.session.Name))
+		}
+	}
 }
 
 // every calls do again and again, until it says that it is over, or ctx ends.
@@ -234,7 +253,7 @@ func (s *Service) log(err error) {
 func (s *Service) exportAgain(ctx context.Context, id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st, err := boot.Find(s.Root, id)
+	st, err := boot.Get(s.Root, id)
 	if errors.Is(err, boot.ErrNoBoot) || err == nil && (st.Step == boot.StepEnding || st.Step == boot.StepKept) {
 		return nil
 	}
@@ -255,15 +274,15 @@ func (s *Service) exportLocked(ctx context.Context, id string) (err error) {
 	if s.served[id] != nil {
 		return nil
 	}
-	st, err := boot.Find(s.Root, id)
+	st, err := boot.Get(s.Root, id)
 	if err != nil {
 		return err
 	}
 	if st.Export == nil {
 		return fmt.Errorf("nfsd: %s is not of a platform", st.Name)
 	}
-	if st.Repository != s.Repository {
-		return fmt.Errorf("nfsd: the NFS service is of %s, %s of %s", s.Repository, st.Name, st.Repository)
+	if !st.Of(s.Repo, s.Repository) {
+		return fmt.Errorf("nfsd: %w: %s of %s, the service of %s", errOther, st.Name, st.Repository, s.Repository)
 	}
 	x := &served{path: st.Export.Path}
 	if x.session, err = boot.Open(ctx, st, s.Repo); err != nil {
@@ -455,6 +474,9 @@ func (c *Client) export(ctx context.Context, req request) error {
 		}
 		if failed = c.Start(ctx); failed == nil {
 			continue
+		}
+		if !errors.Is(failed, ErrRuns) { // somebody else's start would not fare better
+			return failed
 		}
 		select {
 		case <-ctx.Done():
