@@ -214,6 +214,7 @@ func (r *restoring) send(ctx context.Context, e *export, number int) (err error)
 	defer func() { end(err) }()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	// How long it gets is not known before it is made: it goes in chunks, as the samples of VMware's vijava send it.
 	body, to := io.Pipe()
 	made := make(chan error, 1)
 	go func() {
