@@ -143,7 +143,7 @@ func (f *lossyFile) cut(p *power) *lossyFile {
 }
 
 func lossyFiles(p *power) files {
-	return files{data: &lossyFile{power: p}, blocks: &lossyFile{power: p}, head: &lossyFile{power: p}, live: &lossyFile{power: p}, boot: "first"}
+	return files{data: &lossyFile{power: p}, blocks: &lossyFile{power: p}, head: &lossyFile{power: p}, live: &lossyFile{power: p}, log: &lossyFile{power: p}, boot: "first", logSize: 12 * Block}
 }
 
 // lossyDisk makes an overlay on such files.
@@ -162,7 +162,7 @@ func (f files) cut(p *power) files {
 	now := f.data.(*lossyFile).power
 	now.mu.Lock()
 	defer now.mu.Unlock()
-	return files{f.data.(*lossyFile).cut(p), f.blocks.(*lossyFile).cut(p), f.head.(*lossyFile).cut(p), f.live.(*lossyFile).cut(p), f.boot + "+"}
+	return files{f.data.(*lossyFile).cut(p), f.blocks.(*lossyFile).cut(p), f.head.(*lossyFile).cut(p), f.live.(*lossyFile).cut(p), f.log.(*lossyFile).cut(p), f.boot + "+", f.logSize}
 }
 
 // TestPowerCut writes, zeroes and flushes at random until the power goes in the middle of

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -31,18 +32,21 @@ func TestBroken(t *testing.T) {
 		}
 		return d.Flush()
 	}
+	zero := func(d *Disk) error { return errors.Join(d.Zero(3*Block, Block, false), d.Flush()) } // not by the log
 	resize := func(to int64) func(*Disk) error { return func(d *Disk) error { return d.Resize(to) } }
 	type wrap func(*files, func() error)
 	data := func(f *files, fail func() error) { f.data = syncFile{f.data, fail} }
 	blocks := func(f *files, fail func() error) { f.blocks = syncFile{f.blocks, fail} }
+	log := func(f *files, fail func() error) { f.log = syncFile{f.log, fail} }
 	headOf := func(f *files, fail func() error) { f.head = syncFile{f.head, fail} }
 	for _, c := range []struct {
 		name string
 		wrap wrap
 		do   func(*Disk) error
 	}{
-		{"data", data, write},
-		{"map", blocks, write},
+		{"data", data, zero},
+		{"map", blocks, zero},
+		{"log", log, write},
 		{"grow, data", data, resize(100 * Block)},
 		{"grow, head", headOf, resize(100 * Block)},
 		{"shrink, data", data, resize(2 * Block)},
@@ -57,8 +61,13 @@ func TestBroken(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := d.WriteAt([]byte{2}, 5); err != nil {
-				t.Fatal(err)
+			for range 2 { // the first flush makes the log
+				if err := d.Flush(); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := d.WriteAt([]byte{2}, 5); err != nil {
+					t.Fatal(err)
+				}
 			}
 			fault = errBad
 			for i, err := range []error{c.do(d), d.Flush(), d.Flush(), d.Resize(20 * Block), d.Resize(Block), d.Close()} {
@@ -74,13 +83,19 @@ func TestBroken(t *testing.T) {
 }
 
 // TestFlushTogether: those who flush while a flush goes on share the next one, and none comes back before syncs
-// of data and then of the map that both began after it called.
+// that all began after it called: of data and then of the map, or of the log.
 func TestFlushTogether(t *testing.T) {
+	t.Run("data", func(t *testing.T) { flushTogether(t, "data", "map") })
+	t.Run("log", func(t *testing.T) { flushTogether(t, "log") })
+}
+
+func flushTogether(t *testing.T, steps ...string) {
 	const many = 20
 	image := someImage(rand.New(rand.NewPCG(1, 1)), 2*many*Block)
 	f := lossyFiles(&power{left: -1})
+	f.logSize = 100 * Block
 	var mu sync.Mutex
-	var log []string // "call 3", "data", "map", "back 3" in the order they happened; guarded by mu
+	var log []string // "call 3", the steps, "back 3" in the order they happened; guarded by mu
 	put := func(s string) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -88,17 +103,26 @@ func TestFlushTogether(t *testing.T) {
 	}
 	begun, goOn := make(chan bool), make(chan bool)
 	slow := false
-	f.data = syncFile{f.data, func() error {
-		put("data")
-		if slow {
-			begun <- true
-			<-goOn
-		}
-		return nil
-	}}
-	f.blocks = syncFile{f.blocks, func() error { put("map"); return nil }}
+	watch := func(name string, to file) file {
+		return syncFile{to, func() error {
+			put(name)
+			if slow && name == steps[0] {
+				begun <- true
+				<-goOn
+			}
+			return nil
+		}}
+	}
+	f.data, f.blocks, f.log = watch("data", f.data), watch("map", f.blocks), watch("log", f.log)
 	d, err := create(f, image, head{seq: 1, size: 2 * many * Block, limit: 2 * many * Block})
 	if err != nil {
+		t.Fatal(err)
+	}
+	d.flush.log.off = steps[0] != "log"
+	if _, err := d.WriteAt([]byte{1}, Block); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Flush(); err != nil { // makes the log
 		t.Fatal(err)
 	}
 	slow, log = true, nil
@@ -119,7 +143,7 @@ func TestFlushTogether(t *testing.T) {
 	select {
 	case <-begun:
 	case <-time.After(10 * time.Second):
-		t.Fatal("a flush did not sync data")
+		t.Fatal("a flush did not sync")
 	}
 	for i := range many - 1 {
 		flush(i + 1)
@@ -133,30 +157,36 @@ func TestFlushTogether(t *testing.T) {
 	wg.Wait()
 	close(begun)
 
-	if syncs := syncsFor(t, log, many); syncs > many/4 {
-		t.Errorf("%d flushes took %d syncs of data", many, syncs)
+	if syncs := syncsFor(t, log, many, steps); syncs > many/4 {
+		t.Errorf("%d flushes took %d syncs", many, syncs)
 	}
 }
 
-// syncsFor counts the syncs of data in the log of many flushes and says which came back too early.
-func syncsFor(t *testing.T, log []string, many int) (syncs int) {
+// syncsFor counts the first syncs of the log of many flushes and says which came back too early.
+func syncsFor(t *testing.T, log []string, many int, steps []string) (syncs int) {
 	t.Helper()
 	state := map[string]string{} // who => the last that happened to him
 	for _, s := range log {
 		var what, who string
-		if fmt.Sscan(s, &what, &who); what == "data" {
+		if fmt.Sscan(s, &what, &who); what == steps[0] {
 			syncs++
 		}
 		switch what {
 		case "call":
 			state[who] = what
 		case "back":
-			if state[who] != "map" {
+			if state[who] != steps[len(steps)-1] {
 				t.Errorf("flush %s came back after %q: %v", who, state[who], log)
 			}
 		default:
+			i := slices.Index(steps, what)
+			if i < 0 {
+				t.Errorf("a sync of %s", what)
+				continue
+			}
+			before := append([]string{"call"}, steps...)[i]
 			for who, last := range state {
-				if what == "data" && last == "call" || what == "map" && last == "data" {
+				if last == before {
 					state[who] = what
 				}
 			}

@@ -98,6 +98,7 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	}
 	from, to := off/Block, (off+int64(len(p))+Block-1)/Block
 	if n, here := d.blocks.run(from, to-from); here && n == to-from {
+		defer d.unsynced.add(from, to)
 		return d.write(p, off)
 	}
 	busy := d.first.take(from, to)
@@ -108,6 +109,9 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	n, err := d.write(p, off)
 	if err == nil {
 		err = d.blocks.set(from, to)
+	}
+	if err == nil {
+		d.unsynced.add(from, to)
 	}
 	return n, err
 }
@@ -123,6 +127,9 @@ func (d *Disk) write(p []byte, off int64) (done int, err error) {
 		var n int
 		n, err = d.data.WriteAt(p[done:min(done+writePiece, len(p))], off+int64(done))
 		done += n
+	}
+	if err == nil {
+		err = d.flush.log.overwritten(off/Block, roundUp(off+int64(len(p)))/Block)
 	}
 	return done, err
 }
@@ -168,6 +175,7 @@ func (d *Disk) Zero(off, n int64, punch bool) error {
 	if err := d.check(off, n); err != nil {
 		return err
 	}
+	defer d.unsynced.many.Store(true)
 	// The part of the last block past the end of the disk may become zero, too.
 	end := off + n
 	if end == d.state.size {
@@ -266,6 +274,9 @@ func (d *Disk) zeroRun(from, to int64, punch bool) error {
 	}
 	err := zero(from*Block, (to-from)*Block)
 	d.written.Store(true)
+	if err == nil {
+		err = d.flush.log.overwritten(from, to)
+	}
 	return err
 }
 

@@ -21,17 +21,17 @@ func bootID() (string, error) {
 	return string(b), err
 }
 
-// adopt takes what live holds of this start of the system into the map, or else begins it anew.
-func (m *blockMap) adopt(live file, boot string) error {
+// adopt takes what live holds of this start of the system into the map. When it reports false live is of another one, and is to be begun anew by forget.
+func (m *blockMap) adopt(live file, boot string) (bool, error) {
 	b := make([]byte, mapSector)
 	if _, err := live.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
-		return err
+		return false, err
 	}
 	m.live = live
-	if string(b) == string(liveHead(boot)) {
-		return m.merge(live)
+	if string(b) != string(liveHead(boot)) {
+		return false, nil
 	}
-	return m.forget(boot)
+	return true, m.merge(live)
 }
 
 func liveHead(boot string) []byte {

@@ -186,6 +186,13 @@ func bitsOf(from, to int64) uint64 {
 	return ^uint64(0) >> (64 - (to - from)) << from
 }
 
+// restore marks a block as in data, and live is to be made anew. Nobody else is there.
+func (m *blockMap) restore(block int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.change(block, block+1, true)
+}
+
 // clear marks blocks as not in data. Nobody else is there, and live is to be made anew.
 func (m *blockMap) clear(from, to int64) {
 	m.mu.Lock()

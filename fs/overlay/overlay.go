@@ -57,12 +57,15 @@ type Disk struct {
 	gate  sync.RWMutex // held by Resize and Close; for reading by everything else
 	state head         // changed by Resize only
 
-	written atomic.Bool // since the last Flush
+	written  atomic.Bool // since the last sync of data
+	unsynced unsynced
 
 	flush struct {
-		sync.Mutex               // held while a flush goes on; guards following, as gate does for its writer
-		broken     error         // a sync failed: nobody knows what is on the disk
-		done       uint64        // number of the last flush that ended
+		sync.Mutex        // held while a flush goes on; guards following, as gate does for its writer
+		broken     error  // a sync failed: nobody knows what is on the disk
+		done       uint64 // number of the last flush that ended
+		log        *syncLog
+		list       []int64       // memory of add
 		begun      atomic.Uint64 // number of the last flush that began
 	}
 	closed bool // guarded by gate
@@ -74,6 +77,7 @@ const (
 	mapName  = "map"
 	headName = "head"
 	liveName = "live"
+	logName  = "log"
 )
 
 // Create makes an overlay in dir, which it makes, too, and opens it. An error that is
@@ -118,7 +122,8 @@ func create(f files, image Image, h head) (*Disk, error) {
 		return nil, err
 	}
 	d := newDisk(f, image, h)
-	return d, d.blocks.adopt(f.live, f.boot)
+	d.blocks.live = f.live
+	return d, d.blocks.forget(f.boot)
 }
 
 // Open opens an overlay and makes durable what it finds there. ErrOtherBase, ErrBusy, ErrDamaged;
@@ -129,6 +134,9 @@ func Open(dir string, image Image, opt Options) (*Disk, error) {
 		return nil, err
 	}
 	d, err := open(f, image, opt.Base)
+	if err == nil {
+		err = syncDir(dir) // there may have been no log
+	}
 	if err != nil {
 		f.close()
 		return nil, fmt.Errorf("%s: %w", dir, err)
@@ -160,7 +168,14 @@ func open(f files, image Image, base string) (*Disk, error) {
 		return nil, err
 	}
 	// A process that was killed may have left what it had answered and not flushed.
-	if err := d.blocks.adopt(f.live, f.boot); err != nil {
+	killed, err := d.blocks.adopt(f.live, f.boot)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.flush.log.open(); err != nil {
+		return nil, err
+	}
+	if err := d.flush.log.replay(killed, d.restore); err != nil {
 		return nil, err
 	}
 	// Nor may it have synced what it wrote, and nothing would do so later: a bit of the map that is set here
@@ -170,17 +185,35 @@ func open(f files, image Image, base string) (*Disk, error) {
 	}
 	// Bits past the end are of a Resize that was stopped, too.
 	d.blocks.clear(d.blocks.blocks, int64(len(d.blocks.sectors))*mapBlocks)
-	return d, d.sync() // what is seen now stays
+	if err := d.sync(true); err != nil || killed { // what is seen now stays
+		return d, err
+	}
+	return d, d.blocks.forget(f.boot) // not before: with live, marks of the log count
+}
+
+// restore writes a block of the log to where it belongs. It is not synced.
+func (d *Disk) restore(block int64, content []byte) error {
+	if block < 0 || block >= d.blocks.blocks {
+		return fmt.Errorf("%w: log, block %d", ErrDamaged, block)
+	}
+	if _, err := d.data.WriteAt(content, block*Block); err != nil {
+		return err
+	}
+	d.blocks.restore(block)
+	return nil
 }
 
 func newDisk(f files, image Image, h head) *Disk {
-	return &Disk{image: image, data: f.data, head: f.head, boot: f.boot, blocks: newBlockMap(f.blocks, h.size), state: h}
+	d := &Disk{image: image, data: f.data, head: f.head, boot: f.boot, blocks: newBlockMap(f.blocks, h.size), state: h}
+	d.flush.log = newLog(f.log, f.logSize)
+	return d
 }
 
 // files are the files of an overlay.
 type files struct {
-	data, blocks, head, live file
-	boot                     string // see bootID
+	data, blocks, head, live, log file
+	boot                          string // see bootID
+	logSize                       int64  // bytes; 0: logLen
 }
 
 // openFiles opens them and keeps other processes away: flock(2).
@@ -188,8 +221,8 @@ func openFiles(dir string, flag int) (f files, err error) {
 	for _, x := range []struct {
 		name string
 		to   *file
-	}{{headName, &f.head}, {mapName, &f.blocks}, {dataName, &f.data}, {liveName, &f.live}} {
-		if x.to == &f.live { // it may be lost
+	}{{headName, &f.head}, {mapName, &f.blocks}, {dataName, &f.data}, {liveName, &f.live}, {logName, &f.log}} {
+		if x.to == &f.live { // it may be lost, and older overlays have no log
 			flag = os.O_RDWR | os.O_CREATE
 		}
 		o, err := os.OpenFile(filepath.Join(dir, x.name), flag, 0o600)
@@ -218,7 +251,7 @@ func openFiles(dir string, flag int) (f files, err error) {
 
 func (f files) close() error {
 	var errs []error
-	for _, x := range []file{f.data, f.blocks, f.head, f.live} {
+	for _, x := range []file{f.data, f.blocks, f.head, f.live, f.log} {
 		if x != nil {
 			errs = append(errs, x.Close())
 		}
@@ -265,12 +298,12 @@ func (d *Disk) Flush() error {
 		return err
 	}
 	defer d.gate.RUnlock()
-	return d.sync()
+	return d.sync(false)
 }
 
 // sync lets those who wait for the same flush share it: one that began after they came
-// is theirs, too.
-func (d *Disk) sync() error {
+// is theirs, too. With whole it leaves nothing in the log; nobody else is there then.
+func (d *Disk) sync(whole bool) error {
 	came := d.flush.begun.Load()
 	d.flush.Lock()
 	defer d.flush.Unlock()
@@ -281,7 +314,7 @@ func (d *Disk) sync() error {
 		return nil
 	}
 	n := d.flush.begun.Add(1)
-	if err := d.syncNow(); err != nil {
+	if err := d.syncNow(whole); err != nil {
 		return d.breaks("flush", err)
 	}
 	d.flush.done = n
@@ -294,8 +327,26 @@ func (d *Disk) breaks(what string, err error) error {
 	return fmt.Errorf("overlay: %s: %w", what, err)
 }
 
-// syncNow writes the blocks before the map that says they are there.
-func (d *Disk) syncNow() error {
+// syncNow writes few blocks to the log, and syncs data for many, or when there is no more room.
+func (d *Disk) syncNow(whole bool) error {
+	list, many := d.unsynced.take(d.flush.list[:0])
+	d.flush.list = list
+	if !whole && !many {
+		if len(list) == 0 {
+			return nil
+		}
+		if logged, err := d.flush.log.add(list, d.data); logged || err != nil {
+			return err
+		}
+	}
+	if err := d.syncData(); err != nil {
+		return err
+	}
+	return d.flush.log.reset()
+}
+
+// syncData writes the blocks before the map that says they are there.
+func (d *Disk) syncData() error {
 	wrote := d.written.Swap(false)
 	for rounds := d.blocks.unwritten()/maxDirty + 1; rounds > 0; rounds-- {
 		list, content := d.blocks.changed()
@@ -329,6 +380,9 @@ func (d *Disk) Resize(size int64) error {
 	if d.flush.broken != nil {
 		return d.flush.broken
 	}
+	if err := d.sync(true); err != nil { // what is in the log is about the disk as it was
+		return fmt.Errorf("overlay: resize: %w", err)
+	}
 	grow := size > d.state.size
 	if grow {
 		if err := d.grow(size); err != nil {
@@ -352,14 +406,14 @@ func (d *Disk) Resize(size int64) error {
 	}
 	// Should the rest not be done, Open does it.
 	d.blocks.clear(d.blocks.blocks, was)
-	if err := errors.Join(d.sync(), d.blocks.forget(d.boot)); err != nil {
+	if err := errors.Join(d.sync(true), d.blocks.forget(d.boot)); err != nil {
 		return fmt.Errorf("overlay: resize: %w", err)
 	}
 	if err := d.data.Truncate(roundUp(size)); err != nil {
 		return fmt.Errorf("overlay: resize: %w", err)
 	}
 	d.written.Store(true)
-	return d.sync()
+	return d.sync(true)
 }
 
 // grow makes room in data. In the last block there may be rests past the end.
@@ -381,13 +435,13 @@ func (d *Disk) Close() error {
 		return nil
 	}
 	d.closed = true
-	return errors.Join(d.sync(), files{data: d.data, blocks: d.blocks.f, head: d.head, live: d.blocks.live}.close())
+	return errors.Join(d.sync(true), files{data: d.data, blocks: d.blocks.f, head: d.head, live: d.blocks.live, log: d.flush.log.f}.close())
 }
 
 // StoredIn is the bytes that the overlay in dir takes up on its file system, whether it is open or not; 0 when
 // there is none.
 func StoredIn(dir string) (n int64) {
-	for _, name := range []string{dataName, mapName, headName, liveName} {
+	for _, name := range []string{dataName, mapName, headName, liveName, logName} {
 		var st unix.Stat_t
 		if unix.Stat(filepath.Join(dir, name), &st) == nil {
 			n += st.Blocks * 512
