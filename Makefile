@@ -18,6 +18,7 @@ bench:
 	$(GO) run ./test/benchdisk
 	$(GO) run ./test/benchdisk --boots
 	$(GO) run ./test/benchdisk --files 1000000
+	$(GO) run ./test/benchdisk --nfs
 
 # 100,000 restore points, 1 PiB of disks: what the commands take. FLAGS="--points 10000" for less.
 scale:

@@ -3,11 +3,12 @@
 // Command benchdisk measures the disks of a restore point as machines use them: by fio through the mount and
 // through NBD with an overlay, beside nbdkit on the same disk in a plain file; and with --boots, how long a Debian system
 // takes to boot in QEMU from a point, beside the plain file; with --files, a guest's many small files, beside the kernel's own
-// mount of the disk.
+// mount of the disk; with --nfs, a point by NFS with an overlay, beside nfs-ganesha on the same disk in a plain file, to one client for both (libnfs).
 //
 //	go run ./test/benchdisk --size 2G --passes 3
 //	go run ./test/benchdisk --boots --passes 3
 //	go run ./test/benchdisk --files 1000000
+//	go run ./test/benchdisk --nfs --passes 5
 //
 // Figures are medians of all passes of one run; compare within a run. Caches of the kernel are dropped before every
 // row, as root. What to know of them:
@@ -15,6 +16,9 @@
 //   - nbdkit reads a file of the file system: it has nothing to decode. Its cow filter keeps what is
 //     written in a temporary file and syncs nothing.
 //   - Every row reads or writes for some seconds, at random places where the disk has data.
+//   - nfs-ganesha (Debian's, downloaded and unpacked for the run; FSAL_VFS) writes in place and syncs when the protocol asks for it: fsync(2), seen by
+//     strace. Caches are cold: those of the kernel were dropped and the server was just started; or warm: then all of the disk was read once. A
+//     server's CPU time is from its /proc/PID/stat.
 package main
 
 import (
@@ -40,6 +44,9 @@ type options struct {
 	boots            bool
 	files            int
 	fileSystem       string
+	nfs              bool
+	rows             string
+	serve            string
 }
 
 func main() {
@@ -51,6 +58,9 @@ func main() {
 	flag.BoolVar(&o.boots, "boots", false, "measure boots instead of fio")
 	flag.IntVar(&o.files, "files", 0, "measure a guest's files instead, on a disk with so many")
 	flag.StringVar(&o.fileSystem, "fs", "ext4", "the file system that has them: ext4, xfs or btrfs")
+	flag.BoolVar(&o.nfs, "nfs", false, "measure NFS instead, beside nfs-ganesha")
+	flag.StringVar(&o.rows, "rows", "", "of --nfs, only rows with this in their names")
+	flag.StringVar(&o.serve, "serve", "", "what --nfs starts: serves this folder by NFS")
 	flag.StringVar(&o.holdfast, "holdfast", "", "holdfast to measure (default: build it)")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -69,6 +79,9 @@ type bench struct {
 }
 
 func run(ctx context.Context, o options) (err error) {
+	if o.serve != "" {
+		return serveFolder(ctx, o.serve)
+	}
 	if os.Geteuid() != 0 {
 		return errors.New("needs root: to drop caches and to build images")
 	}
@@ -90,6 +103,8 @@ func run(ctx context.Context, o options) (err error) {
 		return b.boots(ctx)
 	case o.files > 0:
 		return b.filesOfGuest(ctx)
+	case o.nfs:
+		return b.nfs(ctx)
 	}
 	return b.fio(ctx)
 }
