@@ -32,6 +32,7 @@ type Instant struct {
 	Pool      string `json:"pool"`      // managed object
 	Keep      bool   `json:"keep"`      // the identity of the VM of the point
 	VM        string `json:"vm,omitempty"`
+	Store     string `json:"store,omitempty"` // the datastore: managed object, once it was mounted
 	// Portgroup of a distributed switch that the cards are in, managed object; empty: as the .vmx says.
 	Portgroup string `json:"portgroup,omitempty"`
 }
@@ -43,8 +44,10 @@ type InstantState struct {
 	On         bool
 	// Ours reports whether files of the VM are on the export; not any more when it was moved away.
 	Ours bool
-	Busy bool   // a task of the VM is not over
-	VM   string // managed object
+	Busy bool // a task of the VM is not over
+	// Partly: some of its disks are elsewhere.
+	Partly bool
+	VM     string // managed object
 }
 
 // InstantPlace says where a VM is to run; empty: as the VM of the point did, or else the first that can.
@@ -178,7 +181,7 @@ func (s *Source) Look(ctx context.Context, i *Instant) (st InstantState, err err
 	}
 	for _, ref := range vms {
 		var vm mo.VirtualMachine
-		err := s.c.retrieve(ctx, ref, []string{"config.files.vmPathName", "runtime.powerState", "datastore", "recentTask"}, &vm)
+		err := s.c.retrieve(ctx, ref, []string{"config.files.vmPathName", "config.hardware.device", "runtime.powerState", "runtime.connectionState", "datastore", "recentTask"}, &vm)
 		if fault.Is(err, &types.ManagedObjectNotFound{}) {
 			continue
 		}
@@ -189,20 +192,49 @@ func (s *Source) Look(ctx context.Context, i *Instant) (st InstantState, err err
 			continue
 		}
 		st.Registered, st.VM, st.On = true, ref.Value, vm.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOff
-		// That it is not ours any more is only said where it is seen to be somewhere else: what serves it ends then.
-		switch {
-		case len(vm.Datastore) == 0:
-			return st, fmt.Errorf("vsphere: the server does not say where the files of %s are", i.Name)
-		case ds != nil:
-			st.Ours = slices.Contains(vm.Datastore, ds.Self)
-		case vm.Config == nil || strings.HasPrefix(vm.Config.Files.VmPathName, "["+i.Datastore+"] "):
-			return st, fmt.Errorf("vsphere: %s runs from %s:%s, which no host has mounted now", i.Name, i.Server, i.Export)
+		if err := i.place(&vm, ds, &st); err != nil {
+			return st, fmt.Errorf("vsphere: %w", err)
 		}
 		if st.Busy, err = s.busy(ctx, vm.RecentTask); err != nil {
 			return st, fmt.Errorf("vsphere: %w", missing(err))
 		}
 	}
 	return st, nil
+}
+
+// ErrUnknownState: the server does not know whether the VM runs.
+var ErrUnknownState = errors.New("nobody knows whether it runs")
+
+// place finds out whether the VM has its files on the export. That it has not is only said where it is seen to have all of them somewhere else: what serves it
+// ends then.
+func (i *Instant) place(vm *mo.VirtualMachine, ds *mo.Datastore, st *InstantState) error {
+	switch c := vm.Runtime.ConnectionState; {
+	case c == types.VirtualMachineConnectionStateDisconnected, c == types.VirtualMachineConnectionStateInaccessible:
+		return fmt.Errorf("%s is %s: %w", i.Name, c, ErrUnknownState)
+	case len(vm.Datastore) == 0:
+		return fmt.Errorf("the server does not say where the files of %s are", i.Name)
+	}
+	ours := func(ref types.ManagedObjectReference) bool {
+		return ref.Value == i.Store || ds != nil && ref == ds.Self
+	}
+	st.Ours = slices.ContainsFunc(vm.Datastore, ours)
+	if ds == nil && (st.Ours || i.Store == "" || vm.Config == nil || strings.HasPrefix(vm.Config.Files.VmPathName, "["+i.Datastore+"] ")) {
+		return fmt.Errorf("%s runs from %s:%s, which no host has mounted now", i.Name, i.Server, i.Export)
+	}
+	if vm.Config == nil || !st.Ours {
+		return nil
+	}
+	for _, d := range vm.Config.Hardware.Device {
+		disk, ok := d.(*types.VirtualDisk)
+		if !ok {
+			continue
+		}
+		if b, ok := disk.Backing.(types.BaseVirtualDeviceFileBackingInfo); ok {
+			at := b.GetVirtualDeviceFileBackingInfo().Datastore
+			st.Partly = st.Partly || at != nil && !ours(*at)
+		}
+	}
+	return nil
 }
 
 // busy reports whether one of the tasks is not over.
@@ -278,17 +310,25 @@ func (i *Instant) vmRef() types.ManagedObjectReference {
 // Mount makes the export a datastore of the host, unless it is.
 func (s *Source) Mount(ctx context.Context, i *Instant) error {
 	ds, err := s.datastoreOf(ctx, i)
-	if err != nil || ds != nil && slices.ContainsFunc(ds.Host, func(m types.DatastoreHostMount) bool { return m.Key == i.hostRef() }) {
+	if err != nil {
 		return err
 	}
+	if ds != nil {
+		i.Store = ds.Self.Value
+		if slices.ContainsFunc(ds.Host, func(m types.DatastoreHostMount) bool { return m.Key == i.hostRef() }) {
+			return nil
+		}
+	}
 	sys, err := s.datastoreSystem(ctx, i)
+	var res *types.CreateNasDatastoreResponse
 	if err == nil {
-		_, err = methods.CreateNasDatastore(ctx, s.c, &types.CreateNasDatastore{This: sys, Spec: types.HostNasVolumeSpec{
+		res, err = methods.CreateNasDatastore(ctx, s.c, &types.CreateNasDatastore{This: sys, Spec: types.HostNasVolumeSpec{
 			RemoteHost: i.Server, RemotePath: i.Export, LocalPath: i.Datastore, AccessMode: string(types.HostMountModeReadWrite), Type: string(types.HostFileSystemVolumeFileSystemTypeNFS)}})
 	}
 	if err != nil {
 		return fmt.Errorf("vsphere: mount %s:%s as %s: %w", i.Server, i.Export, i.Datastore, missing(err))
 	}
+	i.Store = res.Returnval.Value
 	s.logf("%s: mounted", i.Datastore)
 	return nil
 }
@@ -365,6 +405,9 @@ func (s *Source) PowerOff(ctx context.Context, i *Instant, patience time.Duratio
 // ErrStillUsed: the VM runs, or has its files on the export.
 var ErrStillUsed = errors.New("the VM runs from it")
 
+// ErrPartlyMoved: the VM has disks on the export and elsewhere, which only its owner can tell what is to become of.
+var ErrPartlyMoved = errors.New("some of its disks are on other datastores: move all of them there, or delete the VM")
+
 // Remove takes the VM, if it is off and has its files on the export, and the datastore away from the server.
 func (s *Source) Remove(ctx context.Context, i *Instant) error {
 	st, err := s.Look(ctx, i)
@@ -380,6 +423,9 @@ func (s *Source) Remove(ctx context.Context, i *Instant) error {
 		if st.On {
 			return fmt.Errorf("vsphere: %s: %w", i.Datastore, ErrStillUsed)
 		}
+		if st.Partly {
+			return fmt.Errorf("vsphere: %s: %w", i.Name, ErrPartlyMoved)
+		}
 		_, err := methods.UnregisterVM(ctx, s.c, &types.UnregisterVM{This: types.ManagedObjectReference{Type: "VirtualMachine", Value: st.VM}})
 		if err != nil && !fault.Is(err, &types.ManagedObjectNotFound{}) {
 			return fmt.Errorf("vsphere: unregister %s: %w", i.Name, missing(err))
@@ -389,23 +435,31 @@ func (s *Source) Remove(ctx context.Context, i *Instant) error {
 	if err != nil || ds == nil {
 		return err
 	}
+	var errs []error
 	for _, m := range ds.Host { // a VM that was moved to another host brought it along
-		at := *i
-		at.Host = m.Key.Value
-		sys, err := s.datastoreSystem(ctx, &at)
-		if err == nil {
-			_, err = methods.RemoveDatastore(ctx, s.c, &types.RemoveDatastore{This: sys, Datastore: ds.Self})
-		}
-		switch {
-		case err == nil || fault.Is(err, &types.ManagedObjectNotFound{}) || fault.Is(err, &types.NotFound{}):
-		case fault.Is(err, &types.ResourceInUse{}):
-			return fmt.Errorf("vsphere: %s: %w: %w", i.Datastore, ErrStillUsed, err)
-		default:
-			return fmt.Errorf("vsphere: remove the datastore %s: %w", i.Datastore, missing(err))
-		}
+		errs = append(errs, s.unmount(ctx, i, ds.Self, m.Key.Value))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
 	s.logf("%s: removed", i.Datastore)
 	return nil
+}
+
+func (s *Source) unmount(ctx context.Context, i *Instant, ds types.ManagedObjectReference, host string) error {
+	at := *i
+	at.Host = host
+	sys, err := s.datastoreSystem(ctx, &at)
+	if err == nil {
+		_, err = methods.RemoveDatastore(ctx, s.c, &types.RemoveDatastore{This: sys, Datastore: ds})
+	}
+	switch {
+	case err == nil || fault.Is(err, &types.ManagedObjectNotFound{}) || fault.Is(err, &types.NotFound{}):
+		return nil
+	case fault.Is(err, &types.ResourceInUse{}):
+		return fmt.Errorf("vsphere: %s: %w: %w", i.Datastore, ErrStillUsed, err)
+	}
+	return fmt.Errorf("vsphere: remove the datastore %s: %w", i.Datastore, missing(err))
 }
 
 // Relocate moves all files of the VM to another datastore, while it runs.
