@@ -10,6 +10,7 @@ func TestGuest(t *testing.T) {
 	image := Sparse(t, 64<<20)
 	out := Guest(t, []string{image}, `
 uname -r
+modprobe -a dm-raid dm-thin-pool xfs
 lsmod | awk '{print $1}' | tr '\n' ' '
 echo
 mkfs.ext4 -q /dev/vda

@@ -34,8 +34,6 @@ var luksKinds = []string{
 func luksScript() string {
 	var s strings.Builder
 	s.WriteString(`
-noise() { dd if=/dev/urandom of=$1 bs=64k seek=$2 count=$3 conv=notrunc 2>/dev/null || true; }
-say() { sync; echo 3 > /proc/sys/vm/drop_caches; echo $1 $(blockdev --getsize64 $2) $(sha256sum < $2); }
 echo -n first > /tmp/1; echo -n 'the second one' > /tmp/2
 `)
 	for i, args := range luksKinds {
@@ -45,8 +43,8 @@ echo -n first > /tmp/1; echo -n 'the second one' > /tmp/2
 		fmt.Fprintf(&s, `cryptsetup luksFormat -q %s --key-file /tmp/1 /dev/vda%d >&2
 cryptsetup luksAddKey -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --key-file /tmp/1 /dev/vda%[2]d /tmp/2 >&2
 cryptsetup open --key-file /tmp/2 /dev/vda%[2]d c >&2
-noise /dev/mapper/c 0 1000
-say disk0/p%[2]d /dev/mapper/c
+noise /dev/mapper/c 0 1000 || true
+sum disk0/p%[2]d /dev/mapper/c
 cryptsetup close c
 `, args, i+1)
 	}
@@ -60,8 +58,8 @@ pvcreate -q /dev/mapper/inner >&2; vgcreate -q -s 1M deep /dev/mapper/inner >&2
 lvcreate -q -Wn -n lv -L 8M deep >&2
 cryptsetup luksFormat $fast /dev/deep/lv >&2
 cryptsetup open --key-file /tmp/1 /dev/deep/lv innermost
-noise /dev/mapper/innermost 0 1000
-say deep-lv /dev/mapper/innermost
+noise /dev/mapper/innermost 0 1000 || true
+sum deep-lv /dev/mapper/innermost
 cryptsetup close innermost; vgchange -an deep >&2; cryptsetup close inner; mdadm --wait /dev/md0 >&2 || true; mdadm --stop /dev/md0 >&2
 `, n+1, n+2)
 	return s.String()
@@ -98,11 +96,7 @@ func TestXTS(t *testing.T) {
 func TestLUKS(t *testing.T) {
 	image := guesttest.Sparse(t, 100<<20)
 	sfdisk(t, image, "label: gpt\n"+strings.Repeat("size=6M\n", len(luksKinds))+"size=20M\nsize=20M\n")
-	want := map[string]string{}
-	for _, line := range strings.Split(strings.TrimSpace(guesttest.Guest(t, []string{image}, luksScript(), "sha256sum")), "\n") {
-		f := strings.Fields(line)
-		want[f[0]] = f[1] + " " + f[2]
-	}
+	want, _ := guesttest.Sums(t, []string{image}, luksScript())
 	got, warnings := scanImages(t, Options{}, image)
 	if len(warnings) > 0 {
 		t.Error(warnings)

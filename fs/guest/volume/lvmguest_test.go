@@ -3,7 +3,6 @@ package volume
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/fs/guest"
@@ -33,8 +32,7 @@ var lvmGuest = []struct {
 }
 
 const lvmScript = `
-noise() { dd if=/dev/urandom of=$1 bs=64k seek=$2 count=$3 conv=notrunc 2>/dev/null; }
-sums() { sync; echo 3 > /proc/sys/vm/drop_caches; for lv in "$@"; do echo $lv $(blockdev --getsize64 /dev/mapper/$lv) $(sha256sum < /dev/mapper/$lv); done; }
+sums() { for lv in "$@"; do sum $lv /dev/mapper/$lv; done; }
 pvcreate -q /dev/vda /dev/vdb /dev/vdc /dev/vdd /dev/vde >&2
 vgcreate -q -s 1M vg /dev/vda /dev/vdb /dev/vdc /dev/vdd /dev/vde >&2
 `
@@ -89,15 +87,7 @@ lvs -a -o lv_name,segtype,sync_percent,devices vg >&2
 sums` + names + `
 vgchange -an vg >&2
 ` + thinScript
-	out := guesttest.Guest(t, images, script, "sha256sum")
-	want := map[string]string{}
-	for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
-		if f := strings.Fields(line); len(f) == 4 {
-			want[f[0]] = f[1] + " " + f[2]
-		} else {
-			t.Fatalf("%q", line)
-		}
-	}
+	want, _ := guesttest.Sums(t, images, script)
 	t.Log(want)
 	got, warnings := scanImages(t, Options{}, images...)
 	if len(warnings) > 0 {

@@ -64,10 +64,8 @@ export MDADM_NO_UDEV=1
 echo 200000 > /proc/sys/dev/raid/speed_limit_min
 finish() { # name device
 	mdadm --wait $2 >&2 || true
-	dd if=/dev/urandom of=$2 bs=256k >&2 2>/dev/null || true
-	sync
-	echo 3 > /proc/sys/vm/drop_caches
-	echo $1 $(blockdev --getsize64 $2) $(sha256sum < $2)
+	noise $2 0 1000 || true
+	sum $1 $2
 	mdadm --stop $2 >&2
 }
 `)
@@ -92,12 +90,12 @@ finish stale /dev/md100
 yes | mdadm --create /dev/md101 --homehost=host --name=rebuilt --run --level=5 --chunk=64 --raid-devices=3 /dev/vdaP2 /dev/vdbP2 /dev/vdcP2 >&2
 mdadm --wait /dev/md101 >&2 || true
 mdadm /dev/md101 --fail /dev/vdbP2 --remove /dev/vdbP2 >&2
-dd if=/dev/urandom of=/dev/md101 bs=256k >&2 2>/dev/null || true
-mdadm --zero-superblock /dev/vdbP2; dd if=/dev/urandom of=/dev/vdbP2 bs=256k >&2 2>/dev/null || true
+noise /dev/md101 0 1000 || true
+mdadm --zero-superblock /dev/vdbP2; noise /dev/vdbP2 0 1000 || true
 echo 100 > /proc/sys/dev/raid/speed_limit_min; echo 200 > /proc/sys/dev/raid/speed_limit_max
 mdadm /dev/md101 --add /dev/vdbP2 >&2
 sleep 4
-echo rebuilt $(blockdev --getsize64 /dev/md101) $(sha256sum < /dev/md101)
+sum rebuilt /dev/md101
 cat /proc/mdstat >&2
 mdadm --stop /dev/md101 >&2
 `)
@@ -129,17 +127,14 @@ func mdDisks(t *testing.T) (images []string) {
 func TestArrays(t *testing.T) {
 	guesttest.Needs(t, "qemu-system-x86_64", "mdadm", "sfdisk")
 	images := mdDisks(t)
-	out := guesttest.Guest(t, images, mdScript())
-	want := map[string]string{} // name => size and sum
-	for i, line := range strings.Split(strings.TrimSpace(out), "\n") {
-		f := strings.Fields(line)
-		if len(f) < 3 || i < len(mdArrays) && f[0] != mdArrays[i].name {
-			t.Fatalf("%q", line)
+	want, names := guesttest.Sums(t, images, mdScript())
+	for i, a := range mdArrays {
+		if i >= len(names) || names[i] != a.name {
+			t.Fatal(i, names)
 		}
-		want[f[0]] = f[1] + " " + f[2]
 	}
 	if len(want) != len(mdArrays)+2 {
-		t.Fatal(out)
+		t.Fatal(want)
 	}
 	got, warnings := scanImages(t, Options{}, images...)
 	sameSum(t, got, "stale", want["stale"])
