@@ -42,11 +42,9 @@ type variant struct {
 	tree guesttest.Tree
 }
 
+// TestMany has a larger tree.
 var variants = []variant{
-	{"FAT32", 800, "-F 32 -s 8 -n LABEL32", "tree", guesttest.Tree{Seed: 1, Files: 18500, Names: 1400, Big: 12 << 20, NoHuge: true, NoHoles: true}},
-}
-
-var smaller = []variant{
+	{"FAT32", 800, "-F 32 -s 8 -n LABEL32", "tree", guesttest.Tree{Seed: 1, Files: 1500, Names: 1000, Big: 6 << 20, NoHuge: true, NoHoles: true}},
 	{"FAT32, clusters of 512", 200, "-F 32 -s 1 -f 1", "odd", guesttest.Tree{}},
 	{"FAT16", 200, "-F 16 -s 8 -n label", "tree", guesttest.Tree{Seed: 3, Files: 300, Names: 200, Big: 2 << 20, Fragments: 50, NoHuge: true, NoHoles: true}},
 	{"FAT12", 12, "-F 12 -s 8 -n twelve", "odd", guesttest.Tree{}},
@@ -74,11 +72,35 @@ func (v variant) image(t *testing.T) string {
 	return image
 }
 
-// TestTree compares with what the kernel of a guest shows of a large volume that it filled.
-func TestTree(t *testing.T) { inGuest(t, variants, false) }
-
-// TestVariants does it for smaller ones, of which one stays mounted.
-func TestVariants(t *testing.T) { inGuest(t, smaller, true) }
+// TestVariants compares with what the kernel of a guest shows of volumes that it filled, of which one stays mounted.
+func TestVariants(t *testing.T) {
+	guesttest.Needs(t, "mkfs.vfat", "fsck.vfat", "blkid")
+	var jobs []guesttest.Job
+	for _, v := range variants {
+		jobs = append(jobs, guesttest.Job{Image: v.image(t), Type: "vfat", Options: mountOptions, Fill: v.fill, Tree: v.tree})
+	}
+	jobs = append(jobs, guesttest.Job{Image: variants[1].image(t), Type: "vfat", Options: mountOptions, Fill: "odd", Keep: true})
+	done := guesttest.InGuest(t, jobs)
+	for i, v := range variants {
+		t.Run(v.name, func(t *testing.T) {
+			if v.fill == "tree" && !slices.Equal(guesttest.Kinds(done[i].Skipped), refused) {
+				t.Errorf("refused: %q", guesttest.Kinds(done[i].Skipped))
+			}
+			sameAs(t, jobs[i].Image, done[i].Lines)
+		})
+	}
+	t.Run("mounted", func(t *testing.T) {
+		f := open(t, jobs[len(variants)].Image)
+		if w := f.Info().Warnings; len(w) != 1 || !strings.Contains(w[0], "not unmounted") {
+			t.Errorf("warnings %q", w)
+		}
+		for _, err := range f.Free() {
+			if err == nil {
+				t.Error("tells what is free")
+			}
+		}
+	})
+}
 
 var makeGolden = flag.Bool("golden", false, "make testdata/*.img.gz anew, in a guest")
 
@@ -116,40 +138,6 @@ func TestGolden(t *testing.T) {
 		guesttest.Same(t, want, got)
 		guesttest.Conform(t, f)
 	}
-}
-
-func inGuest(t *testing.T, variants []variant, keep bool) {
-	guesttest.Needs(t, "mkfs.vfat", "fsck.vfat", "blkid")
-	var jobs []guesttest.Job
-	for _, v := range variants {
-		jobs = append(jobs, guesttest.Job{Image: v.image(t), Type: "vfat", Options: mountOptions, Fill: v.fill, Tree: v.tree})
-	}
-	if keep {
-		jobs = append(jobs, guesttest.Job{Image: variants[0].image(t), Type: "vfat", Options: mountOptions, Fill: "odd", Keep: true})
-	}
-	done := guesttest.InGuest(t, jobs)
-	for i, v := range variants {
-		t.Run(v.name, func(t *testing.T) {
-			if v.fill == "tree" && !slices.Equal(guesttest.Kinds(done[i].Skipped), refused) {
-				t.Errorf("refused: %q", guesttest.Kinds(done[i].Skipped))
-			}
-			sameAs(t, jobs[i].Image, done[i].Lines)
-		})
-	}
-	if !keep {
-		return
-	}
-	t.Run("mounted", func(t *testing.T) {
-		f := open(t, jobs[len(variants)].Image)
-		if w := f.Info().Warnings; len(w) != 1 || !strings.Contains(w[0], "not unmounted") {
-			t.Errorf("warnings %q", w)
-		}
-		for _, err := range f.Free() {
-			if err == nil {
-				t.Error("tells what is free")
-			}
-		}
-	})
 }
 
 // sameAs compares an image with what the kernel shows, by walking it and by looking for each path.

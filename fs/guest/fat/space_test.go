@@ -2,6 +2,7 @@ package fat
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -123,6 +124,53 @@ func TestMtools(t *testing.T) {
 			t.Errorf("%s: missing", l.Path)
 		}
 	}
+}
+
+// TestMany: a large volume that mtools filled has the names and bytes of the directory that it copied.
+func TestMany(t *testing.T) {
+	guesttest.NeedsPrograms(t, "mkfs.vfat", "mcopy", "fsck.vfat")
+	dir := t.TempDir()
+	files, image := 20000, guesttest.Sparse(t, 800<<20)
+	if testing.Short() {
+		files = 1000
+	}
+	rng := rand.New(rand.NewPCG(6, 6))
+	for i := range files {
+		sub := fmt.Sprintf("%s/directory %d/%d of it", dir, i/1300, i/130)
+		must(t, os.MkdirAll(sub, 0o755))
+		b := make([]byte, rng.IntN(900)+i%50/49*rng.IntN(200<<10))
+		for j := range b {
+			b[j] = byte(rng.Uint32())
+		}
+		must(t, os.WriteFile(fmt.Sprintf("%s/file number %05d.text", sub, i), b, 0o644))
+	}
+	guesttest.Run(t, "mkfs.vfat", "-F", "32", "-s", "8", image)
+	tops, err := filepath.Glob(dir + "/*")
+	must(t, err)
+	guesttest.Run(t, append(append([]string{"mcopy", "-i", image, "-s", "-Q"}, tops...), "::")...)
+	f := open(t, image)
+	got, err := guesttest.WalkFS(f)
+	must(t, err)
+	want, err := guesttest.Walk(dir)
+	must(t, err)
+	// What a directory takes, who owns it and when it was made, mtools does not copy.
+	guesttest.Same(t, sizeless(want), sizeless(got), "mode", "nlink", "uid", "gid", "blocks", "mtime", "atime", "ctime", "btime")
+	for _, l := range want {
+		if _, err := guesttest.Find(f, strings.ToUpper(l.Path)); err != nil {
+			t.Errorf("%s: %v", l.Path, err)
+		}
+	}
+	t.Log(len(got), "lines")
+}
+
+// sizeless takes the sizes of directories away.
+func sizeless(lines []guesttest.Line) []guesttest.Line {
+	for _, l := range lines {
+		if l.Fields["type"] == "d" {
+			l.Fields["size"] = ""
+		}
+	}
+	return lines
 }
 
 // BenchmarkWalk walks and hashes the image that FAT_IMAGE names.
