@@ -211,18 +211,22 @@ type history struct {
 func newHistory(t *testing.T, rnd *rand.Rand, opt store.InitOptions) *history {
 	t.Helper()
 	h := &history{disks: map[store.PointID]map[string][]byte{}}
+	rounds, least, most := 8, 7<<20, 20<<20
+	if testing.Short() {
+		rounds, least, most = 5, 3<<20, 10<<20
+	}
 	h.bucket, h.repo = newRepo(t, opt)
 	for _, vm := range []string{"db", "web"} {
 		at := time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC)
 		snap := &memSnapshot{name: vm, disks: []*memDisk{
-			{key: "a", data: make([]byte, 7<<20+513)}, {key: "b", data: make([]byte, 1+rnd.IntN(100_000))},
+			{key: "a", data: make([]byte, least+513)}, {key: "b", data: make([]byte, 1+rnd.IntN(100_000))},
 		}}
-		for round := range 8 {
+		for round := range rounds {
 			if round != 3 { // two points of one second
 				at = at.Add(time.Duration(1+rnd.IntN(5000)) * time.Second)
 			}
 			d := snap.disks[0]
-			switch n := rnd.IntN(20 << 20); rnd.IntN(5) {
+			switch n := rnd.IntN(most); rnd.IntN(5) {
 			case 0:
 				d.data = append(d.data, make([]byte, n)...)
 			case 1:
@@ -378,13 +382,17 @@ func TestCopyIsProportional(t *testing.T) {
 	for _, c := range []struct{ from, to int }{{128 << 10, 128 << 10}, {64 << 10, 1 << 20}, {4 << 20, 64 << 10}} {
 		t.Run(fmt.Sprint(c.from>>10, " to ", c.to>>10), func(t *testing.T) {
 			b, repo := newRepo(t, store.InitOptions{ChunkSize: c.from})
-			data := make([]byte, 64<<20)
+			size := int64(64 << 20)
+			if testing.Short() {
+				size = 16 << 20
+			}
+			data := make([]byte, size)
 			rnd := rand.NewChaCha8([32]byte{1})
 			rnd.Read(data)
 			d := &memDisk{key: "a", data: data}
 			var last *store.Point
 			for i := range 3 {
-				data[33<<20+5]++
+				data[size/2+1<<20+5]++
 				snap := &memSnapshot{name: "vm", at: time.Unix(1e9+int64(i), 0), disks: []*memDisk{d}}
 				var err error
 				if last, err = backup.Run(t.Context(), repo, snap, backup.Options{}); err != nil {
@@ -412,7 +420,7 @@ func TestCopyIsProportional(t *testing.T) {
 			step(points[2:])
 			wide := int64(max(c.from, c.to))
 			slack := int64(64 << 10) // pages
-			if read[0] != 64<<20 || packs[0] > 64<<20+64<<20/20 {
+			if read[0] != size || packs[0] > size+size/20 {
 				t.Errorf("the first copy read %d bytes of the disk, %d of packs", read[0], packs[0])
 			}
 			for k := 1; k < 3; k++ {
@@ -437,12 +445,16 @@ func TestCopyDamage(t *testing.T) {
 	for _, forged := range []bool{false, true} {
 		t.Run(fmt.Sprint("forged ", forged), func(t *testing.T) {
 			b, repo := newRepo(t, store.InitOptions{ChunkSize: 64 << 10, NoEncryption: true})
-			d := &memDisk{key: "a", data: make([]byte, 50<<20)}
+			own := 40 << 20 // where each point has a chunk of its own
+			if testing.Short() {
+				own = 6 << 20
+			}
+			d := &memDisk{key: "a", data: make([]byte, own+10<<20)}
 			rand.NewChaCha8([32]byte{2}).Read(d.data)
 			var wants [][]byte
 			for i := range 4 {
-				for k := range 64 << 10 { // a chunk of each point's own
-					d.data[40<<20+k] += byte(k%7 + 1)
+				for k := range 64 << 10 {
+					d.data[own+k] += byte(k%7 + 1)
 				}
 				snap := &memSnapshot{name: "vm", at: time.Unix(1e9+int64(i), 0), disks: []*memDisk{d}}
 				if _, err := backup.Run(t.Context(), repo, snap, backup.Options{}); err != nil {
@@ -451,7 +463,7 @@ func TestCopyDamage(t *testing.T) {
 				wants = append(wants, bytes.Clone(d.data))
 			}
 			points := pointsOf(t, repo)
-			damage(t, b, wants[1][40<<20:40<<20+64<<10], forged)
+			damage(t, b, wants[1][own:own+64<<10], forged)
 			from := openRepo(t, b)
 			db, to := newRepo(t, store.InitOptions{})
 			var failed, copied []string

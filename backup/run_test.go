@@ -140,6 +140,9 @@ func mutate(rnd *rand.Rand, data []byte, writes int) (touched []extent.Extent) {
 func TestEveryPointReadsBack(t *testing.T) {
 	for _, opt := range []store.InitOptions{{}, {ChunkSize: 64 << 10, NoEncryption: true}, {ChunkSize: 1 << 20}} {
 		t.Run(fmt.Sprintf("chunk %d plain %v", opt.ChunkSize, opt.NoEncryption), func(t *testing.T) {
+			if testing.Short() && opt.ChunkSize == 1<<20 {
+				t.Skip("-short")
+			}
 			b, repo := newRepo(t, opt)
 			rnd := rand.New(rand.NewPCG(3, 9))
 			snap := &memSnapshot{name: "vm", at: time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC), disks: []*memDisk{
@@ -274,7 +277,11 @@ func TestOneBadRead(t *testing.T) {
 func TestFailureStaysAlone(t *testing.T) {
 	b, repo := newRepo(t, store.InitOptions{ChunkSize: 64 << 10})
 	rnd := rand.New(rand.NewPCG(7, 7))
-	for i := range 60 {
+	rounds := 60
+	if testing.Short() {
+		rounds = 19
+	}
+	for i := range rounds {
 		data := make([]byte, 3<<20)
 		mutate(rnd, data, 30)
 		bad := &memDisk{key: "a", data: data, short: 1 + rnd.Int64N(3<<20)}

@@ -68,6 +68,9 @@ func TestTargets(t *testing.T) {
 	} {
 		for _, opt := range []store.InitOptions{{}, {ChunkSize: 64 << 10, NoEncryption: true}, {ChunkSize: 1 << 20}} {
 			t.Run(fmt.Sprintf("%s chunk %d", name, opt.ChunkSize), func(t *testing.T) {
+				if testing.Short() && opt.ChunkSize == 1<<20 {
+					t.Skip("-short")
+				}
 				testTarget(t, opt, open)
 			})
 		}
@@ -79,8 +82,12 @@ func testTarget(t *testing.T, opt store.InitOptions, open func(t *testing.T, r *
 	to := open(t, repo)
 	rnd := rand.New(rand.NewPCG(5, uint64(opt.ChunkSize)))
 	cs := int64(repo.ChunkSize())
+	size := 3*cs + 9<<20 + 513
+	if testing.Short() {
+		size -= 7 << 20
+	}
 	snap := &memSnapshot{name: "vm", disks: []*memDisk{
-		{key: "a", data: make([]byte, 3*cs+9<<20+513)}, {key: "b", data: make([]byte, 1)}, {key: "empty"},
+		{key: "a", data: make([]byte, size)}, {key: "b", data: make([]byte, 1)}, {key: "empty"},
 	}}
 	type kept struct {
 		p      *store.Point

@@ -196,6 +196,9 @@ func TestReadsAreCheap(t *testing.T) {
 
 func TestConcurrentReads(t *testing.T) {
 	disk := randomModel(11, 300*mib+99, 400, mib)
+	if raced {
+		disk = randomModel(11, 40*mib+99, 50, mib)
+	}
 	for _, f := range formats() {
 		file, err := f.make(disk, "x.vmdk")
 		if err != nil {

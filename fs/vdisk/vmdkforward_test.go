@@ -211,6 +211,9 @@ func TestReadStream(t *testing.T) {
 				t.Fatal(err)
 			}
 			check(t, bytes.NewReader(b.Bytes()))
+			if raced && len(disk) > 6*mib {
+				return
+			}
 			check(t, iotest.HalfReader(bytes.NewReader(b.Bytes())))
 			check(t, io.MultiReader(bytes.NewReader(b.Bytes()), bytes.NewReader(make([]byte, mib))))
 			f, err := StreamVMDK(disk, testID, "x")
@@ -220,6 +223,9 @@ func TestReadStream(t *testing.T) {
 			check(t, io.NewSectionReader(f, 0, f.Size()))
 		})
 		t.Run("qemu/"+name, func(t *testing.T) {
+			if raced && len(disk) > 6*mib {
+				t.Skip("large, with the race detector")
+			}
 			dir := t.TempDir()
 			writeFiles(t, dir, map[string][]byte{"raw": disk})
 			for _, options := range []string{"subformat=streamOptimized", "subformat=streamOptimized,zeroed_grain=on"} {

@@ -174,6 +174,9 @@ func TestReadsWhatWasBackedUp(t *testing.T) {
 	for _, chunk := range []int{64 << 10, 128 << 10, 4 << 20} {
 		for _, plain := range []bool{false, true} {
 			t.Run(fmt.Sprintf("chunk %d plain %v", chunk, plain), func(t *testing.T) {
+				if testing.Short() && chunk != 64<<10 {
+					t.Skip("-short")
+				}
 				t.Parallel()
 				dir := t.TempDir()
 				repo := makeRepo(t, dir, store.InitOptions{ChunkSize: chunk, NoEncryption: plain})
