@@ -528,8 +528,10 @@ func TestWindowIsBounded(t *testing.T) {
 		buf := make([]byte, 1<<20)
 		crowded := false
 		for off := int64(0); off < d.Size(); off += int64(len(buf)) {
-			if off == 100<<20 {
-				time.Sleep(100 * time.Millisecond)
+			for end := time.Now().Add(10 * time.Second); off == 100<<20 && !crowded && time.Now().Before(end); time.Sleep(time.Millisecond) {
+				p.mu.Lock()
+				crowded = p.crowded()
+				p.mu.Unlock()
 			}
 			if _, err := d.ReadAt(buf, off); err != nil || !bytes.Equal(buf, disk[off:off+int64(len(buf))]) {
 				t.Errorf("byte %d: %v", off, err)
