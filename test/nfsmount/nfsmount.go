@@ -4,6 +4,7 @@ package nfsmount
 
 import (
 	"bytes"
+	"crypto/sha256"
 	_ "embed"
 	"errors"
 	"fmt"
@@ -19,23 +20,36 @@ import (
 //go:embed testdata/nfsmount.c
 var source []byte
 
+// program compiles it, once for all tests of a user.
 var program = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "nfsmount-")
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	sum := sha256.Sum256(source)
+	out := filepath.Join(cache, "holdfast-test", fmt.Sprintf("nfsmount-%x", sum[:8]))
+	if _, err := os.Stat(out); err == nil {
+		return out, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(out), 0o700); err != nil {
+		return "", err
+	}
+	dir, err := os.MkdirTemp(filepath.Dir(out), "nfsmount-")
 	if err != nil {
 		return "", err
 	}
-	file := filepath.Join(dir, "nfsmount.c")
+	defer os.RemoveAll(dir)
+	file, made := filepath.Join(dir, "nfsmount.c"), filepath.Join(dir, "nfsmount")
 	if err := os.WriteFile(file, source, 0o600); err != nil {
 		return "", err
 	}
-	out := filepath.Join(dir, "nfsmount")
-	cmd := exec.Command("gcc", "-O1", "-Wall", "-D_FILE_OFFSET_BITS=64", "-o", out, file, "-lnfs", "-lfuse3")
+	cmd := exec.Command("gcc", "-O1", "-Wall", "-D_FILE_OFFSET_BITS=64", "-o", made, file, "-lnfs", "-lfuse3")
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
 	if err := cmd.Run(); err != nil {
 		return "", &compileError{said.String(), err}
 	}
-	return out, nil
+	return out, os.Rename(made, out)
 })
 
 type compileError struct {
