@@ -526,7 +526,7 @@ func (c *call) resumeBoot(ctx context.Context, name string) error {
 	}
 	say := reporter()
 	err = c.withRepo(ctx, func(r *store.Repo) error {
-		s, err := boot.Open(ctx, st, r)
+		s, err := boot.Open(ctx, st, r, nil)
 		if err != nil {
 			return err
 		}
@@ -597,7 +597,7 @@ func (c *call) withBoot(ctx context.Context, s *boot.State, fn func(*boot.Sessio
 		return err
 	}
 	return c.withRepo(ctx, func(r *store.Repo) error {
-		open, err := boot.Open(ctx, s, r)
+		open, err := boot.Open(ctx, s, r, nil)
 		if err != nil {
 			return err
 		}

@@ -166,7 +166,7 @@ func (c *call) serveNFS(ctx context.Context) error {
 			return err
 		}
 		at := c.serviceAddresses(root)
-		s := nfsd.Service{Root: root, Repo: r, Repository: repo, Listen: at.Listen, Portmap: at.Portmap, Idle: c.Duration("idle"),
+		s := nfsd.Service{Root: root, Repo: r, Repository: repo, Listen: at.Listen, Portmap: at.Portmap, CacheBytes: cacheBytes(), Idle: c.Duration("idle"),
 			Log: func(err error) { c.progress.warn("%v", err) }}
 		if s.Portmap == "off" {
 			s.Portmap = ""

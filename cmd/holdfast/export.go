@@ -167,8 +167,14 @@ func (c *call) exportNBD(p *store.Point, disks *openedDisks, out *exported) (run
 	return func(ctx context.Context) error { return srv.Serve(ctx, ln) }, nil
 }
 
-// exportCache is how much of what clients read, or will read next, is kept decoded, bytes.
-const exportCache = 256 << 20
+// cacheBytes is how much of what clients of a server read, or will read next, is kept decoded: a 16th of the machine's memory, from 256 MiB to 2 GiB.
+func cacheBytes() int64 {
+	var info unix.Sysinfo_t
+	if unix.Sysinfo(&info) != nil {
+		return 256 << 20
+	}
+	return min(max(int64(info.Totalram)*int64(info.Unit)/16, 256<<20), 2<<30)
+}
 
 // openedDisk is a disk that is exported.
 type openedDisk struct {
@@ -209,7 +215,7 @@ func (c *call) openDisks(r *store.Repo, p *store.Point) (_ *openedDisks, err err
 	if err != nil {
 		return nil, err
 	}
-	cache := store.NewCache(exportCache)
+	cache := store.NewCache(cacheBytes())
 	for i := range disks {
 		d := &disks[i]
 		whole, err := r.OpenDisk(p, d.Name)

@@ -47,6 +47,7 @@ type Session struct {
 	images  []*store.CachedImage // of the point
 	disks   []*overlay.Disk      // over them
 	rec     *recorder
+	cache   *store.Cache
 	// Unpinned is why nothing keeps the point from being forgotten; nil when something does. See Repin.
 	Unpinned error
 
@@ -158,9 +159,10 @@ func freeName(root, name, vm string) (string, error) {
 	return name, nil
 }
 
-// Open opens a session again, to serve its disks or to read them. The caller closes it.
-func Open(ctx context.Context, st *State, repo *store.Repo) (*Session, error) {
-	s := &Session{State: *st, repo: repo, release: func() {}}
+// Open opens a session again, to serve its disks or to read them. What is read of the repository is kept in cache, which several sessions may share; nil: in
+// one of its own, of CacheBytes. The caller closes it.
+func Open(ctx context.Context, st *State, repo *store.Repo, cache *store.Cache) (*Session, error) {
+	s := &Session{State: *st, repo: repo, release: func() {}, cache: cache}
 	var err error
 	if s.locked, err = s.lock(); err != nil {
 		return nil, err
@@ -182,14 +184,16 @@ func Open(ctx context.Context, st *State, repo *store.Repo) (*Session, error) {
 }
 
 func (s *Session) overlays(get func(string, overlay.Image, overlay.Options) (*overlay.Disk, error)) error {
-	cache := store.NewCache(CacheBytes)
+	if s.cache == nil {
+		s.cache = store.NewCache(CacheBytes)
+	}
 	s.rec = &recorder{until: time.Now().Add(touchTime), seen: map[touched]bool{}}
 	for i, d := range s.Machine.Disks {
 		whole, err := s.repo.OpenDisk(s.point, d.Name)
 		if err != nil {
 			return err
 		}
-		img := &touchedImage{whole.Cached(cache), uint32(i), s.rec}
+		img := &touchedImage{whole.Cached(s.cache), uint32(i), s.rec}
 		s.images = append(s.images, img.CachedImage)
 		o, err := get(s.File(d.Name), img, overlay.Options{Base: s.Point.String() + "/" + d.Name})
 		if err != nil {

@@ -45,11 +45,14 @@ type Service struct {
 	Repository string // where that is
 	Listen     string // HOST:PORT or :PORT
 	Portmap    string // the same, or empty for none
+	// CacheBytes is how much of what was read of the repository is kept decoded, for all boots together.
+	CacheBytes int64
 	// Idle is for how long it stays when there is nothing to serve; 0: until it is told to end.
 	Idle time.Duration
 	Log  func(error) // from several goroutines
 
-	srv nfs.Server
+	srv   nfs.Server
+	cache *store.Cache
 
 	mu sync.Mutex // guards following
 	// served: id => what is exported.
@@ -92,6 +95,7 @@ func (s *Service) Run(ctx context.Context, ready func()) (err error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	s.cache = store.NewCache(s.CacheBytes)
 	s.srv.Log, s.served, s.awaited, s.unused = s.Log, map[string]*served{}, map[string]uint64{}, time.Now()
 	defer func() { err = errors.Join(err, s.closeAll()) }()
 	s.serveAgain(ctx)
@@ -285,7 +289,7 @@ func (s *Service) exportLocked(ctx context.Context, id string) (err error) {
 		return fmt.Errorf("nfsd: %w: %s of %s, the service of %s", errOther, st.Name, st.Repository, s.Repository)
 	}
 	x := &served{path: st.Export.Path}
-	if x.session, err = boot.Open(ctx, st, s.Repo); err != nil {
+	if x.session, err = boot.Open(ctx, st, s.Repo, s.cache); err != nil {
 		return err
 	}
 	var placed []folder.Placed
