@@ -99,7 +99,7 @@ func sessionIn(t *testing.T, root string) *State {
 	return s
 }
 
-func init() { onTheWay, busyTime = time.Millisecond, 300*time.Millisecond }
+func init() { onTheWay, busyTime = time.Millisecond, 2*time.Second }
 
 // TestLate: what a killed command had asked for, and what came through only while the next one undid it, is undone, too.
 func TestLate(t *testing.T) {
@@ -115,7 +115,7 @@ func TestLate(t *testing.T) {
 
 // TestBusy: a VM that the platform is at work on is waited for before it is ended, for a time.
 func TestBusy(t *testing.T) {
-	w := &world{exported: true, mounted: true, registered: true, on: true, busy: 10}
+	w := &world{exported: true, mounted: true, registered: true, on: true, busy: 3}
 	s := sessionIn(t, t.TempDir())
 	s.Step = StepRunning
 	if err := s.End(t.Context(), w, w, StopRequest{}); err != nil || w.busy >= 0 || w.on || !s.Ended() {
