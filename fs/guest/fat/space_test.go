@@ -144,7 +144,7 @@ func TestMany(t *testing.T) {
 		}
 		must(t, os.WriteFile(fmt.Sprintf("%s/file number %05d.text", sub, i), b, 0o644))
 	}
-	guesttest.Run(t, "mkfs.vfat", "-F", "32", "-s", "8", image)
+	guesttest.Run(t, "mkfs.vfat", "-F", "32", "-s", "1", image)
 	tops, err := filepath.Glob(dir + "/*")
 	must(t, err)
 	guesttest.Run(t, append(append([]string{"mcopy", "-i", image, "-s", "-Q"}, tops...), "::")...)
