@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vmware/govmomi/vim25/types"
 
@@ -155,6 +156,59 @@ func TestInstantStopped(t *testing.T) {
 	r.wantState(src, i, vsphere.InstantState{})
 	if list, err := src.List(ctx); err != nil || len(list) != 1 {
 		t.Errorf("left: %+v, %v", list, err)
+	}
+}
+
+// TestInstantLost: a VM whose datastore is not to be found is not taken for one that was moved away, and a guest is asked before it is switched off; its
+// datastore leaves all hosts.
+func TestInstantLost(t *testing.T) {
+	r := newRig(t, vspheretest.Options{})
+	vm := r.add(oneDisk("web"))
+	src := r.source()
+	p := r.mustBackup(src, "web")
+	dir := t.TempDir()
+	r.folderOf(dir, "web-now", p, r.truth(vm))
+	r.server.SetHooks(vspheretest.Hooks{OnMount: func(string, string) (string, error) { return dir, nil }})
+	ctx := t.Context()
+	i := &vsphere.Instant{Datastore: "holdfast-1", Server: "192.0.2.1", Export: "/1", VMX: "web-now/web-now.vmx", Name: "web-now"}
+	if _, err := src.FindPlace(ctx, vsphere.InstantPlace{}, i); err != nil {
+		t.Fatal(err)
+	}
+	must(t, src.Mount(ctx, i))
+	must(t, src.Register(ctx, i))
+	must(t, src.PowerOn(ctx, i))
+	for name, change := range map[string]func(i *vsphere.Instant){
+		"the server is called otherwise":            func(i *vsphere.Instant) { i.Server, i.Datastore = "::ffff:192.0.2.1", "old name" },
+		"so it is, and nobody knows the datastore":  func(i *vsphere.Instant) { i.Server, i.Datastore, i.Store = "::ffff:192.0.2.1", "old name", "" },
+		"the server is called otherwise, as before": func(i *vsphere.Instant) { i.Server, i.Store = "::ffff:192.0.2.1", "" },
+	} {
+		odd := *i
+		change(&odd)
+		if st, err := src.Look(ctx, &odd); err == nil {
+			t.Errorf("%s: the server has %+v", name, st)
+		}
+		if err := src.Remove(ctx, &odd); err == nil {
+			t.Errorf("%s: it was removed", name)
+		}
+	}
+	before := r.server.Counts().Calls["PowerOffVM_Task"]
+	must(t, src.PowerOff(ctx, i, time.Minute))
+	if c := r.server.Counts().Calls; c["ShutdownGuest"] != 1 || c["PowerOffVM_Task"] != before {
+		t.Errorf("the guest was asked %d times, and switched off %d times", c["ShutdownGuest"], c["PowerOffVM_Task"]-before)
+	}
+	other := *i
+	for _, host := range r.server.Hosts() {
+		if _, err := src.FindPlace(ctx, vsphere.InstantPlace{Host: host}, &other); err != nil {
+			t.Fatal(err)
+		}
+		must(t, src.Mount(ctx, &other))
+	}
+	must(t, src.Remove(ctx, i))
+	r.wantState(src, i, vsphere.InstantState{})
+	for _, name := range r.server.Datastores() {
+		if name == "holdfast-1" {
+			t.Error("the datastore is left on a host")
+		}
 	}
 }
 
