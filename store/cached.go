@@ -45,6 +45,14 @@ func (m *CachedImage) ReadAt(p []byte, off int64) (int, error) {
 	return m.through.ReadAt(p, off)
 }
 
+// Kept gives the same image with all that is read, and no more, kept in c: for servers whose clients read the same again, and a c that has room for much of it.
+func (m *Image) Kept(c *Cache) *CachedImage {
+	i := m.Cached(c)
+	i.stream.fill = fillWanted
+	i.through = i.stream
+	return i
+}
+
 // prefetchAtOnce is how many chunks are fetched at a time: a store that answers late is asked for many.
 const prefetchAtOnce = 8
 

@@ -83,10 +83,7 @@ func TestCachedImage(t *testing.T) {
 		img, cache := storedImage(t, chunk, want), store.NewCache(8<<20)
 		var wg sync.WaitGroup
 		for w := range 6 {
-			c := img.Cached(cache)
-			if w%3 == 0 {
-				c = img.Ahead(cache)
-			}
+			c := []func(*store.Image, *store.Cache) *store.CachedImage{(*store.Image).Cached, (*store.Image).Ahead, (*store.Image).Kept}[w%3](img, cache)
 			wg.Go(func() {
 				r := rand.New(rand.NewPCG(uint64(chunk), uint64(10+w)))
 				for range 200 {
@@ -107,7 +104,7 @@ func TestCachedImage(t *testing.T) {
 	}
 }
 
-// TestPrefetched: what was prefetched is not read again, in reads of any size.
+// TestPrefetched: what was prefetched, or is kept, is not read again, in reads of any size.
 func TestPrefetched(t *testing.T) {
 	const chunk = 128 << 10
 	want := make([]byte, 4<<20)
@@ -122,9 +119,16 @@ func TestPrefetched(t *testing.T) {
 		}
 		return bucket.Fault{}
 	}), chunk, want)
-	for _, n := range []int{4096, 65536, chunk, 1 << 20, 4 << 20} {
+	for i, n := range []int{4096, 65536, chunk, 1 << 20, 4 << 20, 4096, 65536, chunk, 1 << 20, 4 << 20} {
 		c := img.Ahead(store.NewCache(64 << 20))
-		c.Prefetch(0, int64(len(want)))
+		if c.Prefetch(0, int64(len(want))); i >= 5 { // or, of one that keeps what was read, was read
+			c = img.Kept(store.NewCache(64 << 20))
+			if got := make([]byte, len(want)); true {
+				if _, err := c.ReadAt(got, 0); err != nil && err != io.EOF || !bytes.Equal(got, want) {
+					t.Fatal(err)
+				}
+			}
+		}
 		before := reads.Load()
 		if before == 0 {
 			t.Fatal("reads of packs are not counted")

@@ -33,9 +33,10 @@ type Image struct {
 type fill uint8
 
 const (
-	fillParts fill = iota // what is wanted in part; what is wanted whole is decoded where it is wanted
-	fillPeek              // so, too, but what is in the cache is taken from there
-	fillAll               // everything
+	fillParts  fill = iota // what is wanted in part; what is wanted whole is decoded where it is wanted
+	fillPeek               // so, too, but what is in the cache is taken from there
+	fillWanted             // frames that are wanted, in part or whole
+	fillAll                // and the rest of small chunks
 )
 
 var _ io.ReaderAt = (*Image)(nil)
@@ -234,7 +235,7 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		clear(p)
 		return nil
 	}
-	if len(p) == r.cfg.ChunkSize && m.fill != fillAll {
+	if len(p) == r.cfg.ChunkSize && m.fill < fillWanted {
 		if !m.checked && m.cached(id, 0, p) {
 			return nil
 		}
@@ -247,7 +248,7 @@ func (m *Image) readChunk(ctx context.Context, id ID, loc Loc, p []byte, from in
 		return err
 	}
 	for len(p) > 0 {
-		if whole := int64(len(p)) &^ (frameLen - 1); from%frameLen == 0 && whole > 0 && m.fill != fillAll {
+		if whole := int64(len(p)) &^ (frameLen - 1); from%frameLen == 0 && whole > 0 && m.fill < fillWanted {
 			piece := p[:whole]
 			if m.cached(id, from, piece) {
 				p, from = p[whole:], from+whole

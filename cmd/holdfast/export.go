@@ -223,6 +223,9 @@ func (c *call) openDisks(r *store.Repo, p *store.Point) (_ *openedDisks, err err
 			return nil, err
 		}
 		x := openedDisk{name: d.Name, image: whole.Ahead(cache)}
+		if c.IsSet("nfs") { // clients read ahead themselves, and read again what they do not keep
+			x.image = whole.Kept(cache)
+		}
 		if c.Bool("writable") {
 			if x.overlay, err = openOverlay(filepath.Join(o.dir, d.Name), x.image, overlay.Options{Base: p.ID.String() + "/" + d.Name}); err != nil {
 				return nil, err
