@@ -379,6 +379,9 @@ func (s *Source) PowerOff(ctx context.Context, i *Instant, patience time.Duratio
 	if err != nil || !st.On || !st.Ours {
 		return err
 	}
+	if st.Partly {
+		return fmt.Errorf("vsphere: %s: %w", i.Name, ErrPartlyMoved)
+	}
 	i.VM = st.VM // which a crash may have kept from being noted
 	if patience > 0 {
 		if _, err := methods.ShutdownGuest(ctx, s.c, &types.ShutdownGuest{This: i.vmRef()}); err == nil {
