@@ -330,20 +330,16 @@ func TestCrashCollect(t *testing.T) {
 }
 
 // everyStop stops op everywhere, in every way, and has what is left looked at: with no
-// index, with the one from before the run, and with the one that the run left. Nothing is sampled but in short runs, which
-// stop at one call of five.
+// index, with the one from before the run, and with the one that the run left. Nothing is sampled but in short runs: see
+// crashStep.
 func (s *scene) everyStop(t *testing.T, op func(*store.Repo) error, look func(ctx context.Context, b *bucket.Memory, open store.IndexOpener, done bool) error) {
 	stops, unfinished := 0, 0
-	step := int64(1)
-	if testing.Short() {
-		step = 5
-	}
 	for _, k := range crashKinds {
 		for _, inIndex := range []bool{false, true} {
 			if inIndex && k.kind == bucket.Short {
 				continue // a commit to Badger is whole or nothing
 			}
-			for n := int64(1); ; n += step {
+			for n := int64(1); ; n += crashStep() {
 				at := stop{n: n, kind: k.kind, index: inIndex, where: fmt.Sprintf("%s at call %d", k.name, n)}
 				if inIndex {
 					at.where = fmt.Sprintf("%s at commit %d to the index", k.name, n)

@@ -83,9 +83,17 @@ type crashKind struct {
 // Gone at call N+1 is the process that dies right after call N.
 var crashKinds = []crashKind{{"error", bucket.Fail}, {"short", bucket.Short}, {"gone", bucket.Gone}, {"lost ack", bucket.LostAck}}
 
+// crashStep is from which call to which a run is stopped: at each, in short runs at one of five.
+func crashStep() int64 {
+	if testing.Short() {
+		return 5
+	}
+	return 1
+}
+
 // TestCrash stops a first and a second backup at every call to the bucket, in
 // every way, and looks at what is left: with no index, with the index from before the
-// run, and with the one that the run left behind. Nothing is sampled.
+// run, and with the one that the run left behind. Nothing is sampled but in short runs: see crashStep.
 func TestCrash(t *testing.T) {
 	t.Cleanup(store.CheapKeys())
 	for _, plain := range []bool{true, false} {
@@ -161,7 +169,7 @@ func TestCrashInit(t *testing.T) {
 // crashEverywhere runs the backup of vm over copies of m and of the index.
 func crashEverywhere(t *testing.T, m *bucket.Memory, index string, committed []crashPoint, vm *crashVM) (stops int) {
 	for _, k := range crashKinds {
-		for n := int64(1); ; n++ {
+		for n := int64(1); ; n += crashStep() {
 			where := fmt.Sprintf("%s at call %d of the backup at %v", k.name, n, vm.at)
 			left := m.Crash()
 			f := bucket.NewFaulty(left, bucket.At(n, bucket.Fault{Kind: k.kind}))
