@@ -10,8 +10,12 @@ import (
 	"github.com/holdfast-backup/holdfast/store/bucket"
 )
 
-// ErrPinned: something needs the point; see Pin.
-var ErrPinned = errors.New("point is in use")
+var (
+	// ErrPinned: something needs the point; see Pin.
+	ErrPinned = errors.New("point is in use")
+	// ErrNotPinned: the repository cannot be written now.
+	ErrNotPinned = errors.New("cannot be kept from being forgotten")
+)
 
 const pinKind = "pin"
 
@@ -29,8 +33,17 @@ type Pin struct {
 	Place   string `json:"place"`
 }
 
-// Pin keeps a point from being forgotten until Unpin. A pin of the same ID is replaced. ErrNotExist when the point is gone.
+// Pin keeps a point from being forgotten until Unpin. A pin of the same ID is replaced. ErrNotExist when the point is gone, ErrNotPinned when there is no room
+// for a pin or nothing may be written.
 func (r *Repo) Pin(ctx context.Context, p Pin) error {
+	err := r.pin(ctx, p)
+	if errors.Is(err, bucket.ErrReadOnly) || errors.Is(err, bucket.ErrFull) {
+		return fmt.Errorf("%w: %w", ErrNotPinned, err)
+	}
+	return err
+}
+
+func (r *Repo) pin(ctx context.Context, p Pin) error {
 	text, err := json.Marshal(p)
 	if err != nil {
 		return err

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/store"
-	"github.com/holdfast-backup/holdfast/store/bucket"
 )
 
 // Files of a directory of sessions.
@@ -126,7 +125,7 @@ func pinID(home, id string) string { return "boot-" + home + "-" + id }
 // pin keeps the session's point from being forgotten for as long as there is the session. Where the repository cannot be written that is for another time.
 func (s *Session) pin(ctx context.Context) error {
 	err := s.Repin(ctx)
-	if errors.Is(err, bucket.ErrReadOnly) || errors.Is(err, bucket.ErrFull) {
+	if errors.Is(err, store.ErrNotPinned) {
 		return nil
 	}
 	return err

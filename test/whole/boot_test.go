@@ -292,7 +292,7 @@ func TestBootThroughMount(t *testing.T) {
 		t.Run(form.format+" "+firmware, func(t *testing.T) {
 			dir := newDir(t)
 			sock := filepath.Join(dir, "serial.sock")
-			args := []string{"-nodefaults", "-machine", "q35,accel=tcg", "-cpu", "EPYC", "-smp", "2", "-m", "512", "-display", "none",
+			args := []string{"-nodefaults", "-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "2", "-m", "512", "-display", "none",
 				"-serial", "unix:" + sock + ",server=on,wait=off",
 				"-drive", "if=virtio,snapshot=on,format=" + form.format + ",file=" + filepath.Join(m.dir, d.point.path(), form.file)}
 			if firmware == "uefi" {
