@@ -38,7 +38,7 @@ func (s *Server) task(ctx *simulator.Context, entity types.ManagedObjectReferenc
 	run, update := *ctx, *ctx // contexts that share no locks
 	ref := t.Run(&run)
 	if vm, ok := ctx.Map.Get(entity).(*simulator.VirtualMachine); ok {
-		vm.RecentTask = append(vm.RecentTask, ref)
+		ctx.WithLock(vm, func() { vm.RecentTask = append(vm.RecentTask, ref) })
 	}
 	update.Map.AtomicUpdate(&update, t, []types.PropertyChange{{Name: "info.entity", Val: entity}, {Name: "info.entityName", Val: entity.Value}})
 	return ref
