@@ -263,6 +263,9 @@ func (c *call) bootPoint(ctx context.Context) error {
 			return err
 		}
 		defer s.Close()
+		if s.Unpinned != nil {
+			c.progress.warn("%s: nothing keeps its point from being forgotten: %v", s.Name, s.Unpinned)
+		}
 		err = c.serveBoot(ctx, s, host, say)
 		if err != nil && !s.Started() {
 			// Nothing ran yet: nothing is lost.

@@ -208,8 +208,9 @@ func (s *Service) tryAgain(ctx context.Context) {
 // pinAgain pins points that could not be, such as while the repository had no room.
 func (s *Service) pinAgain(ctx context.Context) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, x := range s.served {
+	list := slices.Collect(maps.Values(s.served))
+	s.mu.Unlock()
+	for _, x := range list { // a forget may be waited for; the pin of a session that has ended meanwhile is one that is lost
 		if x.session.Unpinned != nil && x.session.Repin(ctx) == nil {
 			s.log(fmt.Errorf("nfsd: %s: its point is kept from being forgotten now", x.session.Name))
 		}
